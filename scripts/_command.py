@@ -1,0 +1,70 @@
+"""What every command shares: choosing the platform, and turning errors into one line and an exit status."""
+
+import errno
+import logging
+import sys
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+
+from vqvae_jax.errors import ConfigError, VQVAEError
+
+Platform = Literal["auto", "cpu", "gpu", "tpu"]
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def use_platform(platform: Platform) -> None:
+    """Makes JAX use one kind of device; "auto" leaves it the choice.
+
+    Raises:
+      ConfigError: JAX finds no such device.
+    """
+    if platform != "auto":
+        # Not "gpu" by name: JAX knows it as cuda or rocm, and prefers either to the CPU by itself.
+        jax.config.update("jax_platforms", None if platform == "gpu" else platform)
+    try:
+        found = jax.default_backend()
+    except RuntimeError as error:
+        found, reason = "none", " ".join(str(error).split())[:200]
+    else:
+        reason = f"JAX finds only {found}"
+    if found == "none" or platform not in ("auto", found):
+        raise ConfigError(
+            f"--platform {platform}: no such device ({reason}); install requirements-cuda.txt and see that nvidia-smi "
+            "lists a GPU, or use --platform cpu"
+        )
+
+
+def run(main: Callable[[], int]) -> None:
+    """Runs a command and exits: 0 if done, 2 with one line on stderr for what its user can mend."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        status = main()
+    except VQVAEError as error:
+        status = _complain(str(error), USER_ERROR)
+    except KeyboardInterrupt:
+        status = _complain("interrupted; what was finished is kept", INTERRUPTED)
+    except (OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        explained = _explain(error)
+        if explained is None:
+            raise
+        status = _complain(explained, USER_ERROR)
+    sys.exit(status)
+
+
+def _explain(error: Exception) -> str | None:
+    """One line for a full disk or memory; None for what is not the user's to mend."""
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        advice = "; free space and run again (with --resume)" if error.errno == errno.ENOSPC else ""
+        return f"{place}{error.strerror or error}{advice}"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error):
+        return "out of memory; use a smaller --batch-size, --image-size or --hidden-channels"
+    return None
+
+
+def _complain(message: str, status: int) -> int:
+    sys.stdout.flush()
+    print(f"{sys.argv[0]}: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,75 @@
+"""Train a VQ-VAE: python scripts/train.py --platform gpu [--preset P] [--data PATH] [--workdir runs/NAME]."""
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated
+
+import _command
+import tyro
+
+from vqvae_jax import config, evaluation, trainer, workdir
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Trains a VQ-VAE on MRI slices, then evaluates it on the test split."""
+
+    platform: _command.Platform = "auto"
+    """What to compute on."""
+    workdir: Path | None = None
+    """The run's folder; runs/PRESET-TIMESTAMP by default."""
+    resume: bool = False
+    """Go on with the run in --workdir (by default the newest run), with the settings in its config.json."""
+    config: Annotated[config.Config, tyro.conf.arg(name="")]
+
+
+def _parse() -> tuple[Flags, Path]:
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--preset", choices=config.PRESETS)
+    early.add_argument("--workdir", type=Path)
+    early.add_argument("--resume", action="store_true")
+    known, _ = early.parse_known_args()
+    if known.resume:
+        run = known.workdir or workdir.newest()
+        base = workdir.load_config(run)
+    else:
+        base = config.PRESETS[known.preset or "hipmri"]
+        run = known.workdir or workdir.RUNS / f"{base.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    flags = tyro.cli(
+        Flags,
+        default=Flags(config=base),
+        description=f"{Flags.__doc__} Presets: {', '.join(config.PRESETS)}.",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    if known.resume:
+        config.check_resumable(base, flags.config)
+    return flags, run
+
+
+def main() -> int:
+    """Parses the flags and trains."""
+    flags, run = _parse()
+    _command.use_platform(flags.platform)
+    print(f"Run: {run}")
+    outcome = trainer.train_and_evaluate(flags.config, run, resume=flags.resume)
+    if outcome.evaluation is None:
+        print(
+            f"Stopped at step {outcome.step}, and saved. Go on with: python scripts/train.py --resume --workdir {run}"
+        )
+        return 0
+    print("Test split, best checkpoint:")
+    for line in evaluation.describe(outcome.evaluation, evaluation.scaling(flags.config)):
+        print(f"  {line}")
+    print(
+        f"Pictures: {run / 'eval/test/reconstructions.png'} and {run / 'samples'}\n"
+        f"Curves: tensorboard --logdir {run} (or {run / 'metrics.jsonl'})\n"
+        f"Checkpoints: {run / 'checkpoints'}\n"
+        f"Next: python scripts/eval.py --workdir {run} --split validation"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    _command.run(main)

@@ -1,0 +1,148 @@
+"""Save and restore a run's state: the only file that knows Orbax.
+
+A checkpoint holds ``model`` (parameters and batch statistics), ``optimizer`` (its state and the step) and
+``progress`` (JSON: epoch, data position, and whatever the trainer needs to go on). The newest and the best
+by validation SSIM are kept.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from vqvae_jax.errors import CheckpointError
+from vqvae_jax.training import TrainState
+
+FOLDER = "checkpoints"
+BEST_METRIC = "ssim"
+
+Which = Literal["best", "newest"]
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Args:
+      workdir: the run's folder.
+      read_only: never create or delete anything.
+
+    Raises:
+      CheckpointError: reading, and nothing is there; or writing, and the folder cannot be made.
+    """
+
+    def __init__(self, workdir: Path, *, read_only: bool = False):
+        self.folder = workdir.absolute() / FOLDER
+        # Opening a manager creates its folder, even one for reading.
+        if read_only and not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder}: no checkpoints; has scripts/train.py run here for an epoch?")
+        policy = preservation_policy.AnyPreservationPolicy(
+            [
+                preservation_policy.LatestN(1),
+                preservation_policy.BestN(get_metric_fn=_best_metric, reverse=False, n=1),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy, read_only=read_only, best_fn=_best_metric, best_mode="max"
+        )
+        self._manager = self._explained("opened", lambda: ocp.CheckpointManager(self.folder, options=options))
+
+    def save(self, state: TrainState, progress: dict[str, Any], ssim: float | None) -> None:
+        """Starts saving in the background. Saving a step that is already there does nothing.
+
+        Raises:
+          CheckpointError: this or the previous save failed (a full disk, say); older ones are untouched.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(
+            model=ocp.args.StandardSave(state.variables),
+            optimizer=ocp.args.StandardSave(_optimizer_tree(state)),
+            progress=ocp.args.JsonSave(progress),
+        )
+        # Saved between two evaluations: never the best.
+        metrics = {BEST_METRIC: -1.0 if ssim is None or math.isnan(ssim) else ssim}
+        self._explained("written", lambda: self._manager.save(step, args=items, metrics=metrics))
+
+    def wait(self) -> None:
+        """Returns once everything is on disk. Raises CheckpointError if it could not be written."""
+        self._explained("written", self._manager.wait_until_finished)
+
+    def empty(self) -> bool:
+        """Whether nothing was saved yet."""
+        return self._manager.latest_step() is None
+
+    def step(self, which: Which = "newest") -> int:
+        """Step of the best or newest checkpoint. Raises CheckpointError if there is none."""
+        step = self._manager.best_step() if which == "best" else self._manager.latest_step()
+        if step is None:
+            raise CheckpointError(f"{self.folder}: holds no finished checkpoint; train for an epoch first")
+        return step
+
+    def restore(self, state: TrainState, which: Which = "newest") -> tuple[TrainState, dict[str, Any]]:
+        """A whole state to train on, and its progress. ``state`` gives structure and shapes.
+
+        Raises:
+          CheckpointError: there is none, it is damaged, or it belongs to another configuration.
+        """
+        items = ocp.args.Composite(
+            model=ocp.args.StandardRestore(_abstract(state.variables)),
+            optimizer=ocp.args.StandardRestore(_abstract(_optimizer_tree(state))),
+            progress=ocp.args.JsonRestore(),
+        )
+        found = self._restore(which, items)
+        restored = state.replace(**found["model"], **found["optimizer"])
+        return restored, found["progress"]
+
+    def restore_variables(self, variables: Any, which: Which = "best") -> tuple[Any, dict[str, Any]]:
+        """Parameters and batch statistics alone, and the progress. ``variables`` gives their shapes.
+
+        Raises:
+          CheckpointError: as for ``restore``.
+        """
+        items = ocp.args.Composite(
+            model=ocp.args.StandardRestore(_abstract(variables)), progress=ocp.args.JsonRestore()
+        )
+        found = self._restore(which, items)
+        return found["model"], found["progress"]
+
+    def close(self) -> None:
+        """Waits for the last save and ends Orbax's threads."""
+        self._explained("written", self._manager.close)
+
+    def _restore(self, which: Which, items: ocp.args.Composite) -> Any:
+        step = self.step(which)
+        others = [other for other in self._manager.all_steps() if other != step]
+        way_on = f"; remove {self.folder / str(step)} to use step {others[-1]}" if others else "; train anew"
+        return self._explained(f"restored at step {step}", lambda: self._manager.restore(step, args=items), way_on)
+
+    def _explained(self, done: str, action: Callable[[], Any], way_on: str = "") -> Any:
+        """Runs an Orbax call; whatever it raises becomes one line that names the folder."""
+        try:
+            return action()
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise CheckpointError(f"{self.folder}: checkpoint could not be {done} ({reason}){way_on}") from error
+
+
+def _best_metric(metrics: dict[str, float]) -> float:
+    return metrics[BEST_METRIC]
+
+
+def _optimizer_tree(state: TrainState) -> dict[str, Any]:
+    return {"opt_state": state.opt_state, "step": state.step}
+
+
+def _abstract(tree: Any) -> Any:
+    """Shapes and types, to be put on this process's first device wherever they were saved."""
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+        leaf = jax.eval_shape(lambda: leaf) if not hasattr(leaf, "shape") else leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return jax.tree.map(shape_of, tree)

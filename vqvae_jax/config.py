@@ -1,0 +1,265 @@
+"""What a run is made of: frozen dataclasses, the presets, and config.json in and out.
+
+Every field is also a flag of scripts/train.py under the same name (``hidden_channels`` is
+``--hidden-channels``); the text below a field is that flag's help.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from vqvae_jax.errors import ConfigError
+
+DOWNSAMPLING = 4
+"""Image pixels for one code position, along each axis: two stride-2 convolutions."""
+
+
+def _require(condition: bool, flag: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"--{flag.replace('_', '-')} is {value!r}, but must be {expected}")
+
+
+def _require_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0 and math.isfinite(value), name, value, "greater than 0")
+
+
+def _require_not_negative(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= 0 and math.isfinite(value), name, value, "0 or greater")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network: two stride-2 steps down, a codebook, two steps up."""
+
+    image_size: tuple[int, int] = (256, 128)
+    """Height and width of the images the model is given (first and second axis of a slice)."""
+    hidden_channels: int = 256
+    """Channels C of the residual and attention blocks; the outermost convolutions have C/2."""
+    residual_blocks: int = 2
+    """Residual blocks in the encoder, and as many in the decoder."""
+    embedding_dim: int = 128
+    """Width D of a code."""
+    num_embeddings: int = 1024
+    """Number K of codes in the codebook."""
+    commitment_cost: float = 0.25
+    """Weight of the term that pulls the encoder's output towards its code."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type the convolutions compute in; parameters, norms, code distances and losses stay float32."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "image_size", tuple(self.image_size))
+        _require(len(self.image_size) == 2, "image_size", self.image_size, "two numbers, height and width")
+        _require(
+            all(side > 0 and side % DOWNSAMPLING == 0 for side in self.image_size),
+            "image_size",
+            self.image_size,
+            f"two positive multiples of {DOWNSAMPLING} (the model halves each side twice)",
+        )
+        _require(
+            self.hidden_channels >= 8 and self.hidden_channels % 8 == 0,
+            "hidden_channels",
+            self.hidden_channels,
+            "a positive multiple of 8 (attention uses an eighth of them)",
+        )
+        _require_positive(self, "embedding_dim")
+        _require_not_negative(self, "residual_blocks", "commitment_cost")
+        _require(self.num_embeddings >= 2, "num_embeddings", self.num_embeddings, "2 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the slices come from and how they are brought to the model's size and scale."""
+
+    data: str | None = None
+    """The HipMRI zip, its extracted folder, any folder of .nii/.nii.gz files, or "phantom" for made-up hips.
+    Without it: data/HipMRI_study_keras_slices_data, or the zip of that name beside it."""
+    tfds_dir: str = "data/tfds"
+    """Folder for the data set built from the files (about 130 kB a 256 x 128 slice)."""
+    slice_axis: int = -1
+    """Axis along which a volume is cut into slices; -1 is the last."""
+    case_pattern: str | None = None
+    """Regular expression found in a file's path below --data; what it matches names the patient, who is
+    kept within one split. By default: the file name up to its first number."""
+    on_bad_file: Literal["error", "skip"] = "error"
+    """Whether files that cannot be read stop the run or are listed and left out."""
+    fit: Literal["pad-crop", "resize"] = "pad-crop"
+    """How slices of another size are brought to --image-size: centred padding and cropping, or resizing."""
+    scale_percentiles: tuple[float, float] = (0.5, 99.5)
+    """Percentiles of a file's intensities that become 0 and 1; what lies beyond is clipped."""
+    memory_limit_gib: float = 4.0
+    """Prepared slices are kept in memory where all of them take no more than this."""
+    phantom_cases: int = 48
+    """Training cases of the phantom; it has a sixth as many for validation and for testing."""
+    phantom_slices: int = 10
+    """Slices of each phantom case."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "scale_percentiles", tuple(self.scale_percentiles))
+        _require(
+            len(self.scale_percentiles) == 2 and 0 <= self.scale_percentiles[0] < self.scale_percentiles[1] <= 100,
+            "scale_percentiles",
+            self.scale_percentiles,
+            "two rising numbers between 0 and 100",
+        )
+        _require(self.slice_axis in range(-3, 3), "slice_axis", self.slice_axis, "between -3 and 2")
+        _require_not_negative(self, "memory_limit_gib")
+        _require_positive(self, "phantom_cases", "phantom_slices")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Total = L1 + perceptual_weight * L1 between VGG16 features + the quantizer's loss."""
+
+    perceptual_weight: float = 0.1
+    """Weight of the perceptual term; 0 builds no VGG16 at all."""
+    perceptual_layer: str = "relu3_3"
+    """VGG16 layer whose features are compared (relu1_1 to relu5_3)."""
+    vgg_weights: str = "random"
+    """A safetensors file of VGG16 under torchvision's names, or "random" for untrained filters."""
+
+    def __post_init__(self):
+        _require_not_negative(self, "perceptual_weight")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Optimisation: Adam, a learning rate that falls in steps, clipped gradients."""
+
+    epochs: int = 50
+    """Passes over the training slices."""
+    batch_size: int = 32
+    """Slices in one step, over all devices."""
+    learning_rate: float = 1e-4
+    """Adam's learning rate at the start."""
+    learning_rate_decay: float = 0.5
+    """Factor on the learning rate after every --decay-epochs epochs."""
+    decay_epochs: int = 20
+    """Epochs between two reductions of the learning rate."""
+    gradient_clip: float = 1.0
+    """Largest global norm of the gradient; 0 switches clipping off."""
+    seed: int = 0
+    """The one seed: initial parameters, order of the slices, phantom."""
+    sample_images: int = 4
+    """Validation slices drawn into samples/ after each epoch; 0 draws none."""
+
+    def __post_init__(self):
+        _require_positive(self, "epochs", "batch_size", "learning_rate", "learning_rate_decay", "decay_epochs")
+        _require_not_negative(self, "gradient_clip", "sample_images", "seed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole configuration of a run, as written to its config.json."""
+
+    preset: Literal["hipmri", "reference", "demo"] = "hipmri"
+    """The settings to start from; every other flag changes one of them."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    training: TrainingConfig = TrainingConfig()
+
+
+PRESETS: dict[str, Config] = {
+    "hipmri": Config(),
+    "reference": Config(
+        preset="reference",
+        model=ModelConfig(image_size=(256, 256)),
+        data=DataConfig(fit="resize"),
+    ),
+    "demo": Config(
+        preset="demo",
+        model=ModelConfig(
+            image_size=(128, 64), hidden_channels=64, embedding_dim=32, num_embeddings=256, residual_blocks=2
+        ),
+        data=DataConfig(data="phantom"),
+        loss=LossConfig(perceptual_layer="relu1_2"),
+        training=TrainingConfig(epochs=6, batch_size=16, learning_rate=1e-3, decay_epochs=4),
+    ),
+}
+"""``hipmri`` is the default; ``reference`` is the published recipe; ``demo`` runs in minutes on a CPU."""
+
+
+def to_json(config: Config) -> str:
+    """The configuration as indented JSON text."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, source: str | Path = "config.json") -> Config:
+    """The configuration in ``text``, as ``to_json`` writes it.
+
+    Raises:
+      ConfigError: not JSON, an unknown or missing field, or a value of the wrong type or range;
+        the message names ``source`` and the field.
+    """
+    try:
+        return _from_dict(Config, json.loads(text), source, "")
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{source}: not valid JSON ({error}); restore the file or train anew") from error
+
+
+def _from_dict(cls: type, values: Any, source: str | Path, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: {where or 'the top level'} must be an object, found {type(values).__name__}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    odd = sorted(fields.keys() ^ values.keys())
+    if odd:
+        state = "unknown" if odd[0] in values else "missing"
+        raise ConfigError(
+            f"{source}: {state} field {where}{odd[0]}; the file belongs to another version of vqvae_jax "
+            "or was edited by hand"
+        )
+    arguments = {}
+    for name, field in fields.items():
+        value = values[name]
+        if dataclasses.is_dataclass(field.type):
+            value = _from_dict(field.type, value, source, f"{where}{name}.")
+        else:
+            _check_type(field, value, source, where)
+        arguments[name] = value
+    try:
+        return cls(**arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def _check_type(field: dataclasses.Field, value: Any, source: str | Path, where: str) -> None:
+    accepted = {
+        int: lambda v: type(v) is int,
+        float: lambda v: type(v) in (int, float),
+        str: lambda v: isinstance(v, str),
+        str | None: lambda v: v is None or isinstance(v, str),
+        tuple[int, int]: lambda v: isinstance(v, list) and all(type(x) is int for x in v),
+        tuple[float, float]: lambda v: isinstance(v, list) and all(type(x) in (int, float) for x in v),
+    }
+    check = accepted.get(field.type, lambda v: v in get_args(field.type))
+    if not check(value):
+        raise ConfigError(f"{source}: {where}{field.name} is {value!r}, but must be of type {field.type}")
+
+
+CHANGEABLE = {
+    "data": {"data", "tfds_dir", "memory_limit_gib"},
+    "loss": {"vgg_weights"},
+    "training": {"epochs", "sample_images"},
+}
+"""Fields that a resumed run may change; the others would make it another run."""
+
+
+def check_resumable(old: Config, new: Config) -> None:
+    """Raises ConfigError where a resumed run's configuration differs in more than CHANGEABLE."""
+    if old.preset != new.preset:
+        raise ConfigError(f"--preset {new.preset} with --resume, but the run was started with {old.preset}")
+    for group in ("model", "data", "loss", "training"):
+        before, after = (dataclasses.asdict(getattr(config, group)) for config in (old, new))
+        for name, value in before.items():
+            if value != after[name] and name not in CHANGEABLE.get(group, ()):
+                flag = name.replace("_", "-")
+                raise ConfigError(
+                    f"--{flag} {after[name]!r} with --resume, but the run was started with {value!r}; "
+                    "leave the flag out, or start another run"
+                )

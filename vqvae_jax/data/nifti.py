@@ -1,0 +1,237 @@
+"""Read NIfTI files safely; bring slices to a model's size and scale, and back."""
+
+import dataclasses
+import gzip
+import io
+import math
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+import nibabel
+import numpy as np
+
+from vqvae_jax.errors import DataError
+
+MAX_DEFLATE_RATIO = 1032
+"""Deflate cannot expand data by more than this (zlib's technical details)."""
+MIN_SIDE = 7
+"""Sides below SSIM's 7 x 7 window cannot be evaluated."""
+_TRAILING_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 22
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # Rec. 601
+
+
+@dataclasses.dataclass(frozen=True)
+class Volume:
+    """Voxels of one file: float32 [X, Y] or [X, Y, Z], intensities as acquired, and where they lie (mm)."""
+
+    voxels: np.ndarray
+    affine: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """One slice: float32 [H, W] and a [4, 4] affine from (row, column, 0) to scanner space (mm)."""
+
+    pixels: np.ndarray
+    affine: np.ndarray
+
+
+def read(source: Path | BinaryIO, size: int | None = None) -> Volume:
+    """Reads a ``.nii`` or ``.nii.gz`` file (NIfTI-1 or -2, either byte order, any voxel type).
+
+    ``scl_slope`` and ``scl_inter`` are applied; complex voxels become magnitudes and RGB voxels their
+    luma. Trailing axes of length 1 are dropped. Never allocates more than the file's size can justify.
+
+    Args:
+      source: a path, or a binary stream (then ``size`` is needed).
+      size: bytes in the stream.
+
+    Raises:
+      DataError: the file is not NIfTI, is truncated or damaged, is not 2-D or 3-D, or holds voxels that
+        are not finite. The message gives the reason alone: the caller knows the file's name.
+    """
+    if isinstance(source, Path):
+        try:
+            with source.open("rb") as stream:
+                return read(stream, source.stat().st_size)
+        except OSError as error:
+            raise DataError(f"cannot be opened ({error.strerror or error})") from error
+    if not size:
+        raise DataError("is empty (0 bytes)")
+    return _parse(_read_bounded(source, size))
+
+
+def _read_bounded(stream: BinaryIO, size: int) -> bytes:
+    """All bytes the header asks for, after checking that a file of ``size`` bytes can hold them."""
+    buffered = io.BufferedReader(stream) if not hasattr(stream, "peek") else stream
+    compressed = buffered.peek(2)[:2] == b"\x1f\x8b"
+    reader = gzip.GzipFile(fileobj=buffered) if compressed else buffered
+    try:
+        head = reader.read(540)
+        expected = _bytes_needed(head)
+        if expected > size * (MAX_DEFLATE_RATIO if compressed else 1):
+            raise DataError(
+                f"is truncated: its header announces {expected} bytes, more than {size} bytes on disk can hold"
+            )
+        parts, count = [head], len(head)
+        while count < expected:
+            part = reader.read(min(_CHUNK_BYTES, expected - count))
+            if not part:
+                raise DataError(f"is truncated: {count} of {expected} bytes are there")
+            parts.append(part)
+            count += len(part)
+        # Reading on to the end makes gzip check its checksum.
+        trailing = 0
+        while compressed and (part := reader.read(_CHUNK_BYTES)):
+            trailing += len(part)
+            if trailing > _TRAILING_BYTES:
+                raise DataError(f"holds more than the {expected} bytes its header announces")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"is truncated or damaged ({error})") from error
+    return b"".join(parts)
+
+
+def _image_class(head: bytes) -> type:
+    first = head[:4]
+    for cls, length in ((nibabel.Nifti1Image, 348), (nibabel.Nifti2Image, 540)):
+        if first in (length.to_bytes(4, "little"), length.to_bytes(4, "big")) and len(head) >= length:
+            return cls
+    raise DataError("is not a NIfTI file")
+
+
+def _bytes_needed(head: bytes) -> int:
+    """File length that follows from the first 540 bytes."""
+    cls = _image_class(head)
+    try:
+        header = cls.header_class(head[: cls.header_class.template_dtype.itemsize], check=False)
+        shape = [int(side) for side in header.get_data_shape()]
+        offset = float(header["vox_offset"])
+        itemsize = header.get_data_dtype().itemsize
+    except (nibabel.spatialimages.HeaderDataError, ValueError, OverflowError, KeyError) as error:
+        raise DataError(f"has a damaged header ({error})") from error
+    if not shape or min(shape) < 1 or not itemsize:
+        raise DataError(f"has no voxels: its shape is {tuple(shape)}")
+    if not 0 <= offset < 2**40:
+        raise DataError(f"has a damaged header (vox_offset is {offset})")
+    start = int(offset) or header.single_vox_offset
+    return start + math.prod(shape) * itemsize
+
+
+def _parse(content: bytes) -> Volume:
+    try:
+        image = _image_class(content).from_bytes(content)
+        shape = image.shape
+        while len(shape) > 3 and shape[-1] == 1:
+            shape = shape[:-1]
+        if len(shape) not in (2, 3):
+            raise DataError(f"is {len(shape)}-D, of shape {image.shape}; expected a 2-D slice or a 3-D volume")
+        with np.errstate(over="ignore", invalid="ignore"):
+            voxels = _to_float(image).reshape(shape)
+        affine = np.asarray(image.affine, dtype=np.float64)
+    except DataError:
+        raise
+    except Exception as error:  # nibabel raises many kinds on damaged headers
+        raise DataError(f"has a damaged header ({type(error).__name__}: {error})") from error
+    bad = voxels.size - int(np.isfinite(voxels).sum())
+    if bad:
+        raise DataError(f"holds {bad} voxels that are NaN or infinite, of {voxels.size}")
+    if not np.isfinite(affine).all():
+        raise DataError("has a damaged header (its affine is not finite)")
+    return Volume(voxels, affine)
+
+
+def _to_float(image: nibabel.Nifti1Image) -> np.ndarray:
+    dtype = image.get_data_dtype()
+    if dtype.fields:
+        colours = np.asanyarray(image.dataobj)
+        return np.stack([colours[name].astype(np.float32) for name in "RGB"], axis=-1) @ _LUMA
+    if dtype.kind == "c":
+        return np.abs(np.asanyarray(image.dataobj)).astype(np.float32)
+    return np.asarray(image.dataobj, dtype=np.float32)
+
+
+def slices(volume: Volume, slice_axis: int = -1) -> list[Slice]:
+    """The slices of a file: itself if 2-D or with an axis of length 1, else all along ``slice_axis``.
+
+    Raises:
+      DataError: the axis does not exist, or a slice has a side below 7 pixels.
+    """
+    voxels, affine = volume.voxels, volume.affine
+    if voxels.ndim == 2:
+        cut = [Slice(voxels, affine)]
+    else:
+        axis = voxels.shape.index(1) if 1 in voxels.shape else range(3)[slice_axis]
+        rest = [other for other in range(3) if other != axis]
+        cut = []
+        for index in range(voxels.shape[axis]):
+            place = affine[:, [*rest, axis, 3]].copy()
+            place[:, 3] += index * affine[:, axis]
+            cut.append(Slice(np.take(voxels, index, axis=axis), place))
+    shape = cut[0].pixels.shape
+    if min(shape) < MIN_SIDE:
+        raise DataError(f"has slices of {shape[0]} x {shape[1]} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed")
+    return cut
+
+
+def intensity_range(voxels: np.ndarray, percentiles: tuple[float, float]) -> tuple[float, float]:
+    """The intensities that become 0 and 1: two percentiles, or the extremes where those coincide."""
+    low, high = np.percentile(voxels, percentiles)
+    if high <= low:
+        low, high = voxels.min(), voxels.max()
+    return float(low), float(high)
+
+
+def scale(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Intensities to [0, 1], clipped: (x - low) / (high - low), float32. A constant image becomes 0."""
+    if high <= low:
+        return np.zeros_like(pixels, dtype=np.float32)
+    return np.clip((pixels - np.float32(low)) / np.float32(high - low), 0, 1).astype(np.float32)
+
+
+def unscale(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Inverse of ``scale`` (but for what it clipped): [0, 1] to intensities, float32."""
+    return (pixels * np.float32(high - low) + np.float32(low)).astype(np.float32)
+
+
+def fit(pixels: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
+    """Brings a slice [H, W] in [0, 1] to ``size``.
+
+    ``pad-crop`` keeps the pixels: each axis is centred, padded with 0 or cut. ``resize`` keeps the field
+    of view: bilinear, with a Gaussian against aliasing where it shrinks.
+    """
+    if pixels.shape == tuple(size):
+        return pixels
+    if mode == "resize":
+        return _resize(pixels, size)
+    fitted = np.zeros(size, dtype=np.float32)
+    inside, outside = _centred(pixels.shape, size)
+    fitted[outside] = pixels[inside]
+    return fitted
+
+
+def unfit(pixels: np.ndarray, shape: tuple[int, int], mode: str) -> np.ndarray:
+    """Inverse of ``fit``: a model's image back on the slice's own grid of ``shape``.
+
+    What ``pad-crop`` cut away comes back as 0: the model never saw it.
+    """
+    return fit(pixels, shape, mode)
+
+
+def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    from skimage.transform import resize  # noqa: PLC0415  (half a second to import, seldom needed)
+
+    shrinks = size[0] < pixels.shape[0] or size[1] < pixels.shape[1]
+    return resize(pixels, size, order=1, mode="edge", anti_aliasing=shrinks, preserve_range=True).astype(np.float32)
+
+
+def _centred(shape: tuple[int, int], size: tuple[int, int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Index tuples that pick the same centred window from an array of ``shape`` and one of ``size``."""
+    inside, outside = [], []
+    for have, want in zip(shape, size, strict=True):
+        common = min(have, want)
+        # Half a pixel off where the difference is odd; the same formula both ways makes unfit exact.
+        inside.append(slice((have - common) // 2, (have - common) // 2 + common))
+        outside.append(slice((want - common) // 2, (want - common) // 2 + common))
+    return tuple(inside), tuple(outside)

@@ -1,0 +1,254 @@
+"""Find the NIfTI files of a data set, in a zip or a folder, and say which split and case each belongs to."""
+
+import dataclasses
+import hashlib
+import os
+import re
+import stat
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from vqvae_jax.data import nifti
+from vqvae_jax.errors import ConfigError, DataError
+
+SPLITS = ("train", "validation", "test")
+SPLIT_FOLDERS = {
+    "keras_slices_train": "train",
+    "keras_slices_validate": "validation",
+    "keras_slices_test": "test",
+}
+SEGMENTATION_PREFIX = "keras_slices_seg_"
+SUFFIXES = (".nii", ".nii.gz")
+DEFAULT_NAME = "HipMRI_study_keras_slices_data"
+DEFAULT_FOLDER = Path("data")
+MAX_UNZIPPED_BYTES = 256 * 2**30
+"""A zip that announces more than this is refused; the HipMRI study unzips to about 1 GB."""
+_HELD_OUT_SHARE = 0.1
+_HIPMRI_NAME = re.compile(r"(?P<case>case_[^_/]+)_week_(?P<week>\d+)_slice_(?P<slice>\d+)\.nii")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One file of a data set. ``name`` is its path below the data set's root, with forward slashes."""
+
+    name: str
+    size: int
+    modified: str
+    split: str
+    case: str
+    week: int
+    slice: int
+
+
+def find_data(path: str | None) -> Path:
+    """The data set's zip or folder: ``path``, or the default place.
+
+    Raises:
+      DataError: nothing is there.
+    """
+    if path is not None:
+        if not Path(path).exists():
+            raise DataError(f"--data {path}: no such file or folder; {_where_to_get_data()}")
+        return Path(path)
+    folder = DEFAULT_FOLDER / DEFAULT_NAME
+    for candidate in (folder, folder.with_suffix(".zip")):
+        if candidate.exists():
+            return candidate
+    raise DataError(f"no data: neither {folder} nor {folder}.zip exists; {_where_to_get_data()}")
+
+
+def _where_to_get_data() -> str:
+    return (
+        f"put the HipMRI slices at {DEFAULT_FOLDER / DEFAULT_NAME}[.zip], give --data a zip or a folder of "
+        ".nii or .nii.gz files, or try --preset demo, which makes its own"
+    )
+
+
+class Source:
+    """The NIfTI files of a zip or a folder, each with its split and case.
+
+    A set with the folders ``keras_slices_train``, ``_validate`` and ``_test`` (at the top or one folder
+    down) keeps those splits; ``keras_slices_seg_*`` is never read. Any other set is split by case,
+    80/10/10, by a stable hash of the case's name.
+
+    Args:
+      path: the zip or folder.
+      case_pattern: regular expression whose match in a file's name is its case; see ``case_of``.
+
+    Raises:
+      DataError: no NIfTI files, an unsafe or damaged zip, a missing split, or too few cases to split.
+      ConfigError: ``case_pattern`` is not a regular expression.
+    """
+
+    def __init__(self, path: Path, case_pattern: str | None = None):
+        self.path = path
+        try:
+            pattern = re.compile(case_pattern) if case_pattern else None
+        except re.error as error:
+            raise ConfigError(f"--case-pattern {case_pattern!r} is not a regular expression: {error}") from error
+        if path.is_dir():
+            self._zip = None
+            found = _list_folder(path)
+        else:
+            self._zip = _open_zip(path)
+            found = _list_zip(self._zip, path)
+        found = {name: facts for name, facts in found.items() if _is_image(name)}
+        if not found:
+            raise DataError(f"{path}: holds no .nii or .nii.gz files; {_where_to_get_data()}")
+        self.is_hipmri, places = _place(found, path, pattern)
+        self.entries = [
+            Entry(name, *found[name], split, case, *_week_and_slice(name))
+            for name, (split, case) in sorted(places.items(), key=lambda item: _natural(item[0]))
+        ]
+
+    def read(self, entry: Entry) -> nifti.Volume:
+        """The voxels of one file. Raises DataError, naming the file."""
+        try:
+            if self._zip is None:
+                return nifti.read(self.path / entry.name)
+            with self._zip.open(entry.name) as stream:
+                return nifti.read(stream, entry.size)
+        except DataError as error:
+            raise DataError(f"{entry.name} {error}") from error
+        except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, EOFError) as error:
+            raise DataError(f"{entry.name} cannot be read from the zip ({error})") from error
+
+    def fingerprint(self) -> str:
+        """Changes whenever a file is added, removed, resized or touched, or changes its split."""
+        digest = hashlib.sha256()
+        for entry in self.entries:
+            digest.update(repr(dataclasses.astuple(entry)).encode())
+        return digest.hexdigest()
+
+    def cases(self, split: str) -> set[str]:
+        """Names of the cases in a split."""
+        return {entry.case for entry in self.entries if entry.split == split}
+
+
+def _list_folder(root: Path) -> dict[str, tuple[int, str]]:
+    found = {}
+    for folder, _, names in os.walk(root, followlinks=True, onerror=_raise_unreadable):
+        for name in names:
+            path = Path(folder, name)
+            if name.endswith(SUFFIXES):
+                facts = path.stat() if path.exists() else os.stat_result([0] * 10)
+                found[path.relative_to(root).as_posix()] = (facts.st_size, str(facts.st_mtime_ns))
+    return found
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+
+
+def _open_zip(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DataError(f"{path}: not a folder and not a readable zip ({error}); download it again") from error
+
+
+def _list_zip(archive: zipfile.ZipFile, path: Path) -> dict[str, tuple[int, str]]:
+    found, total = {}, 0
+    for info in archive.infolist():
+        parts = PurePosixPath(info.filename.replace("\\", "/")).parts
+        if ".." in parts or info.filename.startswith(("/", "\\")) or (parts and parts[0].endswith(":")):
+            raise DataError(f"{path}: member {info.filename!r} points outside the zip's own folder; not read")
+        if stat.S_ISLNK(info.external_attr >> 16):
+            raise DataError(f"{path}: member {info.filename!r} is a symbolic link; not read")
+        total += info.file_size
+        if total > MAX_UNZIPPED_BYTES:
+            raise DataError(f"{path}: announces more than {MAX_UNZIPPED_BYTES >> 30} GiB unzipped; not read")
+        if info.filename.endswith(SUFFIXES):
+            found[info.filename] = (info.file_size, f"{info.date_time} {info.CRC:08x}")
+    return found
+
+
+def _is_image(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    return not hidden and not any(part.startswith(SEGMENTATION_PREFIX) for part in parts[:-1])
+
+
+def _place(found: dict, path: Path, pattern: re.Pattern | None) -> tuple[bool, dict[str, tuple[str, str]]]:
+    """Split and case of every file that is part of the data set; and whether it brings its own splits."""
+    given = {}
+    for name in found:
+        for folder in PurePosixPath(name).parts[:-1][:2]:
+            if folder in SPLIT_FOLDERS:
+                given[name] = (SPLIT_FOLDERS[folder], case_of(name, pattern))
+                break
+    if not given:
+        return False, split_by_case({name: case_of(name, pattern) for name in found}, path)
+    missing = [folder for folder, split in SPLIT_FOLDERS.items() if split not in {s for s, _ in given.values()}]
+    if missing:
+        raise DataError(f"{path}: holds no .nii or .nii.gz files in {missing[0]}, a split of the HipMRI layout")
+    return True, given
+
+
+def case_of(name: str, pattern: re.Pattern | None = None) -> str:
+    """The case (patient) that a file belongs to, from its path below the data set's root.
+
+    By default ``case_<id>`` of HipMRI names; else the first folder with a digit in its name; else the file
+    name up to and with its first number (``prostatex_0001_tra.nii.gz`` -> ``prostatex_0001``); else the
+    file name. With ``pattern``: what it matches (its first group if it has one), else as above.
+    """
+    if pattern and (match := pattern.search(name)):
+        return match.group(1 if pattern.groups else 0)
+    path = PurePosixPath(name)
+    if match := _HIPMRI_NAME.search(path.name):
+        return match["case"]
+    for folder in path.parts[:-1]:
+        if folder not in SPLIT_FOLDERS and re.search(r"\d", folder):
+            return folder
+    stem = path.name.removesuffix(".gz").removesuffix(".nii")
+    match = re.match(r"\D*\d+", stem)
+    return match[0] if match else stem
+
+
+def split_by_case(cases: dict[str, str], path: Path) -> dict[str, tuple[str, str]]:
+    """Splits files 80/10/10 by a stable hash of their case: {name: case} to {name: (split, case)}.
+
+    A case keeps its split when others are added; only where validation or testing would be empty does
+    the case of the next lowest hash move there.
+
+    Raises:
+      DataError: fewer than three cases.
+    """
+    ranks = {case: int(hashlib.sha256(case.encode()).hexdigest()[:12], 16) / 16**12 for case in set(cases.values())}
+    if len(ranks) < len(SPLITS):
+        raise DataError(
+            f"{path}: its {len(cases)} files belong to {len(ranks)} case(s) ({', '.join(sorted(ranks))}), and a split "
+            "by case needs 3 or more; set --case-pattern, or make folders keras_slices_train, keras_slices_validate "
+            "and keras_slices_test"
+        )
+    splits = {
+        case: "test" if rank < _HELD_OUT_SHARE else "validation" if rank < 2 * _HELD_OUT_SHARE else "train"
+        for case, rank in ranks.items()
+    }
+    for wanted in SPLITS:
+        if wanted not in splits.values():
+            most = max(SPLITS, key=list(splits.values()).count)
+            lowest = min((case for case in splits if splits[case] == most), key=ranks.get)
+            splits[lowest] = wanted
+    return {name: (splits[case], case) for name, case in cases.items()}
+
+
+def _week_and_slice(name: str) -> tuple[int, int]:
+    match = _HIPMRI_NAME.search(name)
+    return (int(match["week"]), int(match["slice"])) if match else (-1, -1)
+
+
+def _natural(name: str) -> list:
+    """Sort key that puts slice 2 before slice 10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+
+
+def describe(source: Source) -> Iterator[str]:
+    """Lines for people: where the data is and how it was split."""
+    how = "its own splits" if source.is_hipmri else "split by case"
+    counts = ", ".join(
+        f"{split} {sum(entry.split == split for entry in source.entries)} files of {len(source.cases(split))} cases"
+        for split in SPLITS
+    )
+    yield f"Data: {source.path} ({how}): {counts}"

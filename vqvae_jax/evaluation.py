@@ -1,0 +1,222 @@
+"""A split in, a table of per-slice metrics out, each on the slice's own grid."""
+
+import csv
+import dataclasses
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vqvae_jax import checkpoint, metrics, report, training, workdir
+from vqvae_jax.config import DOWNSAMPLING, Config
+from vqvae_jax.data import hip_mri, loader, nifti
+
+FIRST_DRAWN = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceMetrics:
+    """Metrics of one slice in [0, 1] scale on its own grid of ``height`` x ``width`` pixels."""
+
+    file: str
+    case: str
+    slice: int
+    height: int
+    width: int
+    ssim: float
+    psnr: float
+    mae: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Per-slice rows in the split's order, and how often each code was used (counts [K])."""
+
+    rows: list[SliceMetrics]
+    counts: np.ndarray
+    codes_per_slice: int
+
+    def mean(self, name: str) -> float:
+        """Mean of a metric over the slices."""
+        return float(np.mean([getattr(row, name) for row in self.rows]))
+
+    def order(self) -> list[int]:
+        """Indices of the slices from the lowest SSIM to the highest."""
+        return sorted(range(len(self.rows)), key=lambda index: self.rows[index].ssim)
+
+    def summary(self) -> dict[str, float]:
+        """Every scalar by name. ``bits_per_pixel`` spends log2 K bits a code, over the slices' own pixels."""
+        order = self.order()
+        pixels = sum(row.height * row.width for row in self.rows)
+        bits = self.codes_per_slice * len(self.rows) * math.log2(len(self.counts))
+        return {
+            "slices": len(self.rows),
+            "ssim": self.mean("ssim"),
+            "ssim_highest": self.rows[order[-1]].ssim,
+            "ssim_lowest": self.rows[order[0]].ssim,
+            "psnr": self.mean("psnr"),
+            "mae": self.mean("mae"),
+            "perplexity": float(metrics.perplexity(self.counts)),
+            "codebook_usage": float(metrics.codebook_usage(self.counts)),
+            "bits_per_pixel": bits / pixels,
+        }
+
+
+class Evaluator:
+    """Evaluates parameters on one split; compiled once, for batches of one shape.
+
+    Args:
+      config: the run's configuration.
+      slices: the split.
+    """
+
+    def __init__(self, config: Config, slices: loader.Slices):
+        self._config = config
+        self._slices = slices
+        devices = jax.local_device_count()
+        wanted = min(config.training.batch_size, len(slices))
+        self._batch_size = -(-wanted // devices) * devices
+        self._step = training.make_eval_step(config)
+
+    def run(self, variables: Any) -> Evaluation:
+        """Metrics of every slice."""
+        counts = np.zeros(self._config.model.num_embeddings)
+        rows: dict[int, SliceMetrics] = {}
+        waiting: dict[tuple[int, int], list] = defaultdict(list)
+        for batch in loader.eval_batches(self._slices, self._batch_size):
+            images, output = self._reconstruct(variables, batch.images, batch.mask)
+            counts += np.asarray(output.counts, np.float64)
+            for index, image in zip(batch.indices[batch.mask > 0], images, strict=False):
+                sample, own = self._on_own_grid(int(index), image)
+                same_shape = waiting[own.shape]
+                same_shape.append((int(index), sample, own))
+                if len(same_shape) == self._batch_size:
+                    rows.update(self._measure(same_shape))
+                    same_shape.clear()
+        for same_shape in waiting.values():
+            if same_shape:
+                rows.update(self._measure(same_shape))
+        height, width = self._config.model.image_size
+        codes = (height // DOWNSAMPLING) * (width // DOWNSAMPLING)
+        return Evaluation([rows[index] for index in sorted(rows)], counts, codes)
+
+    def draw(
+        self,
+        variables: Any,
+        evaluation: Evaluation,
+        indices: Sequence[int],
+        labels: Sequence[str],
+        path: Path,
+    ) -> None:
+        """Writes a picture of some slices: original, reconstruction, difference, with their SSIM."""
+        drawn = []
+        for start in range(0, len(indices), self._batch_size):
+            chosen = indices[start : start + self._batch_size]
+            images = np.zeros((self._batch_size, *self._slices.image_shape), np.float32)
+            images[: len(chosen)] = [self._slices[index] for index in chosen]
+            reconstructed, _ = self._reconstruct(variables, images, np.ones(self._batch_size, np.float32))
+            for index, image in zip(chosen, reconstructed, strict=False):
+                sample, own = self._on_own_grid(index, image)
+                label = f"{labels[len(drawn)]}: {Path(sample.file).name}, slice {sample.slice}"
+                drawn.append(report.Row(sample.pixels, own, label, evaluation.rows[index].ssim))
+        report.draw_reconstructions(path, drawn)
+
+    def _reconstruct(self, variables: Any, images: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, Any]:
+        split = training.split_over_devices
+        output = self._step(variables, split(images), split(mask))
+        return np.asarray(output.reconstruction).reshape(images.shape)[..., 0], output
+
+    def _on_own_grid(self, index: int, image: np.ndarray) -> tuple[loader.Sample, np.ndarray]:
+        sample = self._slices.sample(index)
+        return sample, nifti.unfit(image, sample.pixels.shape, self._config.data.fit)
+
+    def _measure(self, samples: list[tuple[int, loader.Sample, np.ndarray]]) -> Iterator[tuple[int, SliceMetrics]]:
+        """Metrics of slices of one shape, at one compiled batch size."""
+        filled = [*samples, *[samples[0]] * (self._batch_size - len(samples))]
+        originals = np.stack([sample.pixels for _, sample, _ in filled])
+        images = np.stack([own for _, _, own in filled])
+        ssim, psnr, mae = jax.device_get([f(images, originals) for f in (metrics.ssim, metrics.psnr, metrics.mae)])
+        for row, (index, sample, own) in enumerate(samples):
+            yield (
+                index,
+                SliceMetrics(
+                    sample.file,
+                    sample.case,
+                    sample.slice,
+                    *own.shape,
+                    float(ssim[row]),
+                    float(psnr[row]),
+                    float(mae[row]),
+                ),
+            )
+
+
+def evaluate_run(
+    run: Path, split: str = "test", which: checkpoint.Which = "best", log: Callable[[str], None] = print
+) -> Evaluation:
+    """Evaluates a run's checkpoint on a split of its data set and writes ``eval/SPLIT/`` into the run.
+
+    Args:
+      run: a folder that training wrote.
+      split: train, validation or test.
+      which: the best checkpoint by validation SSIM, or the newest.
+      log: is given lines for people.
+
+    Raises:
+      CheckpointError, ConfigError, DataError: the run or its data cannot be read.
+    """
+    config = workdir.load_config(run)
+    checkpoints = checkpoint.Checkpoints(run, read_only=True)
+    shapes = jax.eval_shape(lambda: training.create_train_state(config, 1).variables)
+    variables, _ = checkpoints.restore_variables(shapes, which)
+    checkpoints.close()
+    variables = training.replicate(variables)
+    builder = hip_mri.prepare(config.data, config.model.image_size, log)
+    slices = loader.Slices(builder.as_data_source(split=split), config.data, config.model.image_size)
+    evaluator = Evaluator(config, slices)
+    evaluation = evaluator.run(variables)
+    write_results(evaluation, evaluator, variables, run / workdir.EVAL / split, scaling(config))
+    return evaluation
+
+
+def scaling(config: Config) -> str:
+    """How the figures were measured, for people."""
+    low, high = config.data.scale_percentiles
+    return (
+        "SSIM by scikit-image's definition (7x7 uniform window, data_range 1), PSNR and MAE: each slice on its own "
+        f"grid, in [0, 1] between percentiles {low:g} and {high:g} of its file"
+    )
+
+
+def write_results(evaluation: Evaluation, evaluator: Evaluator, variables: Any, folder: Path, protocol: str) -> None:
+    """Writes metrics.json, per_slice.csv and reconstructions.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = {name: value if math.isfinite(value) else None for name, value in evaluation.summary().items()}
+    workdir.write_atomically(folder / "metrics.json", json.dumps(summary | {"protocol": protocol}, indent=2) + "\n")
+    with (folder / "per_slice.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, [field.name for field in dataclasses.fields(SliceMetrics)])
+        table.writeheader()
+        table.writerows(dataclasses.asdict(row) for row in evaluation.rows)
+    order = evaluation.order()
+    first = range(min(FIRST_DRAWN, len(order)))
+    chosen = [*first, order[-1], order[len(order) // 2], order[0]]
+    labels = [*(f"slice {index + 1} of {len(order)}" for index in first), "best", "median", "worst"]
+    evaluator.draw(variables, evaluation, chosen, labels, folder / "reconstructions.png")
+
+
+def describe(evaluation: Evaluation, protocol: str) -> Iterator[str]:
+    """Lines for people."""
+    summary = evaluation.summary()
+    yield f"Average SSIM: {summary['ssim']:.4f}"
+    yield f"Highest SSIM: {summary['ssim_highest']:.4f}, lowest SSIM: {summary['ssim_lowest']:.4f}"
+    yield f"PSNR: {summary['psnr']:.2f} dB, MAE: {summary['mae']:.4f}"
+    yield (
+        f"Perplexity: {summary['perplexity']:.1f} of {len(evaluation.counts)} codes, "
+        f"codes used: {summary['codebook_usage']:.1%}, bits per pixel: {summary['bits_per_pixel']:.4f}"
+    )
+    yield f"{summary['slices']} slices. {protocol}."

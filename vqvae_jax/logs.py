@@ -1,0 +1,45 @@
+"""The scalars of a run, written twice: metrics.jsonl for programs, event files for TensorBoard."""
+
+import json
+import math
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+from vqvae_jax import workdir
+
+
+class MetricsLog:
+    """Appends scalars to a run's logs.
+
+    Args:
+      run: the run's folder.
+      resume_step: drop what an earlier process logged after this step, which it did not save.
+    """
+
+    def __init__(self, run: Path, resume_step: int = 0):
+        self._path = run / workdir.METRICS
+        if self._path.exists():
+            kept = [line for line in self._path.read_text().splitlines() if _step(line) <= resume_step]
+            workdir.write_atomically(self._path, "".join(f"{line}\n" for line in kept))
+        self._events = SummaryWriter(str(run), purge_step=resume_step + 1)
+
+    def write(self, step: int, epoch: int, split: str, scalars: dict[str, float]) -> None:
+        """One line and one event a scalar. A scalar that is not finite is null in the line."""
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, "epoch": epoch, "split": split, **finite}) + "\n")
+        for name, value in scalars.items():
+            self._events.add_scalar(f"{split}/{name}", value, step)
+        self._events.flush()
+
+    def close(self) -> None:
+        """Ends the event file."""
+        self._events.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # half a line, from a process that was killed

@@ -1,0 +1,168 @@
+"""The blocks that encoder and decoder are made of.
+
+Images are [N, H, W, C]. Convolutions compute in ``dtype``; parameters and norms are float32. Initial
+kernels and biases follow PyTorch's defaults (uniform, +-1 / sqrt(fan_in)), as the published model does.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+LEAKY_SLOPE = 0.2
+BATCH_NORM_MOMENTUM = 0.9
+"""Share of the old running statistics kept at each step (PyTorch's momentum 0.1 says the same)."""
+BATCH_NORM_EPSILON = 1e-5
+
+Dtype = Any
+
+kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+"""Uniform in +-1 / sqrt(fan_in): PyTorch's default for convolutions."""
+
+
+def bias_init(fan_in: int) -> Callable:
+    """Uniform in +-1 / sqrt(fan_in): PyTorch's default for biases."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def leaky_relu(x: jax.Array) -> jax.Array:
+    """x where positive, else 0.2 x."""
+    return nn.leaky_relu(x, LEAKY_SLOPE)
+
+
+class Conv(nn.Module):
+    """Convolution [N, H, W, C] -> [N, H / stride, W / stride, features], padded by ``padding`` on each side."""
+
+    features: int
+    size: int
+    stride: int = 1
+    padding: int = 0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Conv(
+            self.features,
+            (self.size, self.size),
+            strides=self.stride,
+            padding=self.padding,
+            dtype=self.dtype,
+            kernel_init=kernel_init,
+            bias_init=bias_init(self.size**2 * x.shape[-1]),
+            name="conv",
+        )(x)
+
+
+class Norm(nn.Module):
+    """Batch norm over all devices of ``axis_name`` (or over this one's batch where it is None)."""
+
+    axis_name: str | None = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        return nn.BatchNorm(
+            use_running_average=not train,
+            momentum=BATCH_NORM_MOMENTUM,
+            epsilon=BATCH_NORM_EPSILON,
+            axis_name=self.axis_name,
+            dtype=self.dtype,
+            name="batch_norm",
+        )(x)
+
+
+class Downsample(nn.Module):
+    """4 x 4 convolution of stride 2: [N, H, W, C] -> [N, H / 2, W / 2, features]."""
+
+    features: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return Conv(self.features, 4, stride=2, padding=1, dtype=self.dtype, name="down")(x)
+
+
+class Upsample(nn.Module):
+    """4 x 4 transposed convolution of stride 2, padding 1: [N, H, W, C] -> [N, 2 H, 2 W, features].
+
+    Computed as sub-pixel convolutions (Shi et al. 2016, arXiv:1609.05158): output pixels of one parity see
+    just 2 x 2 input pixels, so a 2 x 2 convolution gives each of the four parities, which are interleaved.
+    The map is ``torch.nn.ConvTranspose2d(C, features, 4, 2, 1)``'s, and ``kernel`` [4, 4, C, features] its
+    weight with the axes in this order. benchmarks/README.md has the times of this form and of others.
+    """
+
+    features: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        # PyTorch counts a transposed convolution's fan-in over its output channels.
+        fan_in = 16 * self.features
+        kernel = self.param("kernel", bias_init(fan_in), (4, 4, channels, self.features), jnp.float32)
+        bias = self.param("bias", bias_init(fan_in), (self.features,), jnp.float32)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        rows = [jnp.stack([_phase(x, kernel, p, q) for q in (0, 1)], axis=3) for p in (0, 1)]
+        out = jnp.stack(rows, axis=2)  # [N, H, 2, W, 2, features]
+        return out.reshape(x.shape[0], 2 * x.shape[1], 2 * x.shape[2], self.features) + bias.astype(self.dtype)
+
+
+def _phase(x: jax.Array, kernel: jax.Array, p: int, q: int) -> jax.Array:
+    """The output pixels at rows 2 y + p and columns 2 x + q: [N, H, W, features]."""
+    # Output row 2 y + p meets input row y + p - 1 + i through the kernel's row 3 - p - 2 i.
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel[3 - p :: -2, 3 - q :: -2],
+        window_strides=(1, 1),
+        padding=((1 - p, p), (1 - q, q)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+class ResidualBlock(nn.Module):
+    """act(x + norm(conv(act(norm(conv(x)))))) with 3 x 3 convolutions (He et al. 2016, arXiv:1512.03385)."""
+
+    axis_name: str | None = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        features = x.shape[-1]
+        y = Conv(features, 3, padding=1, dtype=self.dtype, name="conv1")(x)
+        y = leaky_relu(Norm(self.axis_name, self.dtype, name="norm1")(y, train=train))
+        y = Conv(features, 3, padding=1, dtype=self.dtype, name="conv2")(y)
+        y = Norm(self.axis_name, self.dtype, name="norm2")(y, train=train)
+        return leaky_relu(x + y)
+
+
+class SelfAttention(nn.Module):
+    """x + gamma * attention over all h * w positions (Zhang et al. 2019, SAGAN, arXiv:1805.08318).
+
+    Queries and keys have an eighth of the channels; their products are not scaled; gamma starts at 0, so
+    the block starts as the identity. The softmax is float32.
+    """
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        n, height, width, features = x.shape
+        flat = x.reshape(n, height * width, features)
+
+        def project(name: str, width: int) -> jax.Array:
+            dense = nn.Dense(width, dtype=self.dtype, kernel_init=kernel_init, bias_init=bias_init(features), name=name)
+            return dense(flat)
+
+        query, key, value = (
+            project("query", features // 8),
+            project("key", features // 8),
+            project("value", features),
+        )
+        scores = jnp.einsum("nqc,nkc->nqk", query, key, preferred_element_type=jnp.float32)
+        weights = nn.softmax(scores).astype(self.dtype)
+        attended = jnp.einsum("nqk,nkc->nqc", weights, value).reshape(x.shape)
+        gamma = self.param("gamma", nn.initializers.zeros, (), jnp.float32)
+        return x + gamma.astype(self.dtype) * attended

@@ -1,0 +1,129 @@
+"""The VQ-VAE: encoder, quantizer and decoder for images of one channel."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from vqvae_jax.config import ModelConfig
+from vqvae_jax.models.layers import (
+    Conv,
+    Downsample,
+    Dtype,
+    Norm,
+    ResidualBlock,
+    SelfAttention,
+    Upsample,
+    leaky_relu,
+)
+from vqvae_jax.models.quantizer import QuantizerOutput, VectorQuantizer
+
+
+class Encoder(nn.Module):
+    """Images [N, H, W, 1] to latents [N, H / 4, W / 4, embedding_dim]."""
+
+    hidden_channels: int
+    embedding_dim: int
+    residual_blocks: int = 2
+    axis_name: str | None = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        norm = {"axis_name": self.axis_name, "dtype": self.dtype}
+        x = Downsample(self.hidden_channels // 2, self.dtype, name="down1")(x)
+        x = leaky_relu(Norm(**norm, name="norm1")(x, train=train))
+        x = Downsample(self.hidden_channels, self.dtype, name="down2")(x)
+        x = leaky_relu(Norm(**norm, name="norm2")(x, train=train))
+        for number in range(self.residual_blocks):
+            x = ResidualBlock(**norm, name=f"residual{number + 1}")(x, train=train)
+        x = SelfAttention(self.dtype, name="attention")(x)
+        x = Conv(self.embedding_dim, 3, padding=1, dtype=self.dtype, name="conv3")(x)
+        return Norm(**norm, name="norm3")(x, train=train)
+
+
+class Decoder(nn.Module):
+    """Latents [N, h, w, D] to images [N, 4 h, 4 w, 1] in [0, 1], float32."""
+
+    hidden_channels: int
+    residual_blocks: int = 2
+    axis_name: str | None = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        norm = {"axis_name": self.axis_name, "dtype": self.dtype}
+        x = Conv(self.hidden_channels, 3, padding=1, dtype=self.dtype, name="conv1")(x)
+        x = leaky_relu(Norm(**norm, name="norm1")(x, train=train))
+        x = SelfAttention(self.dtype, name="attention")(x)
+        for number in range(self.residual_blocks):
+            x = ResidualBlock(**norm, name=f"residual{number + 1}")(x, train=train)
+        x = Upsample(self.hidden_channels // 2, self.dtype, name="up1")(x)
+        x = leaky_relu(Norm(**norm, name="norm2")(x, train=train))
+        x = Upsample(1, self.dtype, name="up2")(x)
+        return nn.sigmoid(x.astype(jnp.float32))
+
+
+@flax.struct.dataclass
+class VQVAEOutput:
+    """``reconstruction`` [N, H, W, 1] in [0, 1], and the quantizer's output for latents [N, H/4, W/4, D]."""
+
+    reconstruction: jax.Array
+    quantizer: QuantizerOutput
+
+
+class VQVAE(nn.Module):
+    """A vector-quantized variational autoencoder (van den Oord et al. 2017, arXiv:1711.00937).
+
+    Attributes:
+      config: widths, number of codes, compute type.
+      axis_name: the pmapped axis over which batch norm takes its statistics; None on one device.
+
+    Example:
+      >>> model = VQVAE(ModelConfig(image_size=(32, 16), hidden_channels=16, num_embeddings=64))
+      >>> images = jnp.zeros((2, 32, 16, 1))
+      >>> variables = model.init(jax.random.key(0), images)
+      >>> latents = model.apply(variables, images, method="encode")
+      >>> codes = model.apply(variables, latents, method="quantize").indices
+      >>> codes.shape
+      (2, 8, 4)
+      >>> vectors = model.apply(variables, codes, method="lookup")
+      >>> model.apply(variables, vectors, method="decode").shape
+      (2, 32, 16, 1)
+    """
+
+    config: ModelConfig
+    axis_name: str | None = None
+
+    def setup(self):
+        config = self.config
+        shared = {
+            "hidden_channels": config.hidden_channels,
+            "residual_blocks": config.residual_blocks,
+            "axis_name": self.axis_name,
+            "dtype": jnp.dtype(config.precision),
+        }
+        self.encoder = Encoder(embedding_dim=config.embedding_dim, **shared)
+        self.quantizer = VectorQuantizer(config.num_embeddings, config.embedding_dim, config.commitment_cost)
+        self.decoder = Decoder(**shared)
+
+    def __call__(self, images: jax.Array, *, train: bool = False) -> VQVAEOutput:
+        """Encodes, quantizes and decodes images [N, H, W, 1] in [0, 1]; H and W are multiples of 4."""
+        quantized = self.quantize(self.encode(images, train=train))
+        return VQVAEOutput(self.decode(quantized.quantized, train=train), quantized)
+
+    def encode(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        """Latents [N, H / 4, W / 4, D] of images [N, H, W, 1]."""
+        return self.encoder(images, train=train)
+
+    def quantize(self, latents: jax.Array) -> QuantizerOutput:
+        """Nearest codes of latents [N, h, w, D]."""
+        return self.quantizer(latents)
+
+    def lookup(self, indices: jax.Array) -> jax.Array:
+        """Code vectors [N, h, w, D] of indices int32 [N, h, w]."""
+        return self.quantizer.lookup(indices)
+
+    def decode(self, vectors: jax.Array, *, train: bool = False) -> jax.Array:
+        """Images [N, 4 h, 4 w, 1] in [0, 1] of vectors [N, h, w, D]."""
+        return self.decoder(vectors, train=train)

@@ -1,0 +1,70 @@
+"""A run's folder: the names of what it holds, making one, finding the newest."""
+
+import os
+from pathlib import Path
+
+from vqvae_jax.config import Config, from_json, to_json
+from vqvae_jax.errors import CheckpointError, ConfigError
+
+RUNS = Path("runs")
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples"
+EVAL = "eval"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def claim(workdir: Path, resume: bool) -> None:
+    """Makes sure that a run may be written to a folder, before any long work.
+
+    Raises:
+      ConfigError: it holds a run and ``resume`` is not set, or cannot be written.
+    """
+    if (workdir / CONFIG).exists() and not resume:
+        raise ConfigError(f"--workdir {workdir} already holds a run; add --resume to go on with it, or choose another")
+    probe = workdir / ".writable"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"--workdir {workdir} cannot be written ({error.strerror}); choose another") from error
+
+
+def save_config(workdir: Path, config: Config) -> None:
+    """Writes config.json, replacing an older one. Raises ConfigError if the folder cannot be written."""
+    try:
+        write_atomically(workdir / CONFIG, to_json(config))
+    except OSError as error:
+        raise ConfigError(f"--workdir {workdir} cannot be written ({error.strerror}); choose another") from error
+
+
+def load_config(workdir: Path) -> Config:
+    """The configuration of a run. Raises CheckpointError if there is no run, ConfigError if it is damaged."""
+    path = workdir / CONFIG
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); --workdir must be a folder that scripts/train.py wrote"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not text ({error})") from error
+    return from_json(text, path)
+
+
+def newest(runs: Path = RUNS) -> Path:
+    """The run in ``runs`` that was written to last. Raises CheckpointError if there is none."""
+    found = [config.parent for config in runs.glob(f"*/{CONFIG}")]
+    if not found:
+        raise CheckpointError(f"no run in {runs}/; train one with scripts/train.py, or give its folder with --workdir")
+    return max(
+        found,
+        key=lambda run: max((run / name).stat().st_mtime for name in (CONFIG, METRICS) if (run / name).exists()),
+    )
