@@ -20,6 +20,8 @@ class Flags:
     """Which slices."""
     checkpoint: Literal["best", "newest"] = "best"
     """The best checkpoint by validation SSIM, or the newest."""
+    data: str | None = None
+    """Other files than those the run was trained on: a zip, a folder, or "phantom"."""
     platform: _command.Platform = "auto"
     """What to compute on."""
 
@@ -30,7 +32,7 @@ def main() -> int:
     _command.use_platform(flags.platform)
     run = flags.workdir or workdir.newest()
     print(f"Run: {run}, split {flags.split}, {flags.checkpoint} checkpoint")
-    result = evaluation.evaluate_run(run, flags.split, flags.checkpoint)
+    result = evaluation.evaluate_run(run, flags.split, flags.checkpoint, data=flags.data)
     for line in evaluation.describe(result, evaluation.scaling(workdir.load_config(run))):
         print(line)
     print(f"Written: {run / workdir.EVAL / flags.split}/ (metrics.json, per_slice.csv, reconstructions.png)")

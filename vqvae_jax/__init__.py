@@ -1,0 +1,26 @@
+"""A vector-quantized variational autoencoder for MRI slices, in JAX and Flax."""
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "Config": "vqvae_jax.config",
+    "PRESETS": "vqvae_jax.config",
+    "VQVAE": "vqvae_jax.models.vqvae",
+    "VQVAEError": "vqvae_jax.errors",
+    "evaluate_run": "vqvae_jax.evaluation",
+    "train_and_evaluate": "vqvae_jax.trainer",
+}
+
+__all__ = ["PRESETS", "VQVAE", "Config", "VQVAEError", "evaluate_run", "train_and_evaluate"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first used, so that the model can be had without the data libraries.
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,11 +1,13 @@
 """Save and restore a run's state: the only file that knows Orbax.
 
-A checkpoint holds ``model`` (parameters and batch statistics), ``optimizer`` (its state and the step) and
-``progress`` (JSON: epoch, data position, and whatever the trainer needs to go on). The newest and the best
-by validation SSIM are kept.
+A checkpoint holds ``model`` (parameters, batch statistics, codebook), ``optimizer`` (its state and the step) and
+``progress`` (JSON: epoch, data position, and whatever the trainer needs to go on), and the CRC-32 of all their
+files. The newest and the best by validation SSIM are kept.
 """
 
+import json
 import math
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +21,8 @@ from vqvae_jax.training import TrainState
 
 FOLDER = "checkpoints"
 BEST_METRIC = "ssim"
+CHECKSUMS = "crc32.json"
+"""File of a checkpoint with the CRC-32 of the others: Orbax reads a flipped byte as another number."""
 
 Which = Literal["best", "newest"]
 
@@ -46,7 +50,11 @@ class Checkpoints:
             ]
         )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, read_only=read_only, best_fn=_best_metric, best_mode="max"
+            preservation_policy=policy,
+            create=not read_only,
+            best_fn=_best_metric,
+            best_mode="max",
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         self._manager = self._explained("opened", lambda: ocp.CheckpointManager(self.folder, options=options))
 
@@ -95,11 +103,13 @@ class Checkpoints:
             progress=ocp.args.JsonRestore(),
         )
         found = self._restore(which, items)
-        restored = state.replace(**found["model"], **found["optimizer"])
+        model_state = dict(found["model"])
+        params = model_state.pop("params")
+        restored = state.replace(params=params, model_state=model_state, **found["optimizer"])
         return restored, found["progress"]
 
     def restore_variables(self, variables: Any, which: Which = "best") -> tuple[Any, dict[str, Any]]:
-        """Parameters and batch statistics alone, and the progress. ``variables`` gives their shapes.
+        """The model's variables alone, and the progress. ``variables`` gives their shapes.
 
         Raises:
           CheckpointError: as for ``restore``.
@@ -118,7 +128,20 @@ class Checkpoints:
         step = self.step(which)
         others = [other for other in self._manager.all_steps() if other != step]
         way_on = f"; remove {self.folder / str(step)} to use step {others[-1]}" if others else "; train anew"
-        return self._explained(f"restored at step {step}", lambda: self._manager.restore(step, args=items), way_on)
+
+        def read() -> Any:
+            _check_files(self.folder / str(step), set(items.keys()))
+            return self._manager.restore(step, args=items)
+
+        return self._explained(f"restored at step {step}", read, way_on)
+
+    def _write_checksums(self) -> None:
+        """Completes a checkpoint that Orbax has written and is about to give its final name."""
+        if jax.process_index() == 0:
+            for folder in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                files = [path for path in folder.rglob("*") if path.is_file()]
+                checksums = {str(path.relative_to(folder)): zlib.crc32(path.read_bytes()) for path in files}
+                (folder / CHECKSUMS).write_text(json.dumps(checksums))
 
     def _explained(self, done: str, action: Callable[[], Any], way_on: str = "") -> Any:
         """Runs an Orbax call; whatever it raises becomes one line that names the folder."""
@@ -127,6 +150,14 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise many kinds
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise CheckpointError(f"{self.folder}: checkpoint could not be {done} ({reason}){way_on}") from error
+
+
+def _check_files(folder: Path, items: set[str]) -> None:
+    """Raises ValueError where a file of these items is not what was written."""
+    for name, expected in json.loads((folder / CHECKSUMS).read_text()).items():
+        path = folder / name
+        if name.split("/")[0] in items and not (path.is_file() and zlib.crc32(path.read_bytes()) == expected):
+            raise ValueError(f"{name} is {'damaged' if path.is_file() else 'missing'}")
 
 
 def _best_metric(metrics: dict[str, float]) -> float:

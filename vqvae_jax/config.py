@@ -6,12 +6,15 @@ Every field is also a flag of scripts/train.py under the same name (``hidden_cha
 
 import dataclasses
 import json
-import math
+import sys
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vqvae_jax.errors import ConfigError
 
+LARGEST_FLOAT = sys.float_info.max
+LARGEST_SEED = 2**32 - 1
+"""jax.random.key takes no more than 32 bits of a seed."""
 DOWNSAMPLING = 4
 """Image pixels for one code position, along each axis: two stride-2 convolutions."""
 
@@ -24,13 +27,13 @@ def _require(condition: bool, flag: str, value: object, expected: str) -> None:
 def _require_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value > 0 and math.isfinite(value), name, value, "greater than 0")
+        _require(0 < value <= LARGEST_FLOAT, name, value, "finite and greater than 0")
 
 
 def _require_not_negative(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value >= 0 and math.isfinite(value), name, value, "0 or greater")
+        _require(0 <= value <= LARGEST_FLOAT, name, value, "finite and 0 or greater")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,15 @@ class ModelConfig:
     """Number K of codes in the codebook."""
     commitment_cost: float = 0.25
     """Weight of the term that pulls the encoder's output towards its code."""
+    codebook_update: Literal["gradient", "ema"] = "gradient"
+    """What moves the codes: their gradient, or moving averages of the encoder's outputs (started by k-means,
+    with unused codes put back to use)."""
+    ema_decay: float = 0.97
+    """Share of the old averages kept at each step, with --codebook-update ema."""
+    latent_norm: bool = True
+    """Batch norm on the encoder's output, before the codes are chosen."""
+    published_flatten: bool = False
+    """Cut the latents into vectors as the published PyTorch code does: for models imported from it."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type the convolutions compute in; parameters, norms, code distances and losses stay float32."""
 
@@ -69,6 +81,7 @@ class ModelConfig:
         )
         _require_positive(self, "embedding_dim")
         _require_not_negative(self, "residual_blocks", "commitment_cost")
+        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "from 0 to below 1")
         _require(self.num_embeddings >= 2, "num_embeddings", self.num_embeddings, "2 or more")
 
 
@@ -120,8 +133,9 @@ class LossConfig:
     """Weight of the perceptual term; 0 builds no VGG16 at all."""
     perceptual_layer: str = "relu3_3"
     """VGG16 layer whose features are compared (relu1_1 to relu5_3)."""
-    vgg_weights: str = "random"
-    """A safetensors file of VGG16 under torchvision's names, or "random" for untrained filters."""
+    vgg_weights: str = "auto"
+    """Trained VGG16: "auto" for torchvision's (7 MB, fetched once), or a file: safetensors under torchvision's
+    names, torchvision's .pth, Keras's .h5 without its top. Or "random" for untrained filters."""
 
     def __post_init__(self):
         _require_not_negative(self, "perceptual_weight")
@@ -150,7 +164,8 @@ class TrainingConfig:
 
     def __post_init__(self):
         _require_positive(self, "epochs", "batch_size", "learning_rate", "learning_rate_decay", "decay_epochs")
-        _require_not_negative(self, "gradient_clip", "sample_images", "seed")
+        _require_not_negative(self, "gradient_clip", "sample_images")
+        _require(0 <= self.seed <= LARGEST_SEED, "seed", self.seed, f"between 0 and {LARGEST_SEED}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,11 +190,16 @@ PRESETS: dict[str, Config] = {
     "demo": Config(
         preset="demo",
         model=ModelConfig(
-            image_size=(128, 64), hidden_channels=64, embedding_dim=32, num_embeddings=256, residual_blocks=2
+            image_size=(128, 64),
+            hidden_channels=64,
+            embedding_dim=32,
+            num_embeddings=256,
+            codebook_update="ema",
+            latent_norm=False,
         ),
         data=DataConfig(data="phantom"),
-        loss=LossConfig(perceptual_layer="relu1_2"),
-        training=TrainingConfig(epochs=6, batch_size=16, learning_rate=1e-3, decay_epochs=4),
+        loss=LossConfig(perceptual_layer="relu1_1", vgg_weights="random"),
+        training=TrainingConfig(epochs=8, batch_size=8, learning_rate=1e-3, decay_epochs=6),
     ),
 }
 """``hipmri`` is the default; ``reference`` is the published recipe; ``demo`` runs in minutes on a CPU."""
@@ -198,9 +218,10 @@ def from_json(text: str, source: str | Path = "config.json") -> Config:
         the message names ``source`` and the field.
     """
     try:
-        return _from_dict(Config, json.loads(text), source, "")
-    except json.JSONDecodeError as error:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: not valid JSON ({error}); restore the file or train anew") from error
+    return _from_dict(Config, values, source, "")
 
 
 def _from_dict(cls: type, values: Any, source: str | Path, where: str) -> Any:
@@ -230,6 +251,7 @@ def _from_dict(cls: type, values: Any, source: str | Path, where: str) -> Any:
 
 def _check_type(field: dataclasses.Field, value: Any, source: str | Path, where: str) -> None:
     accepted = {
+        bool: lambda v: type(v) is bool,
         int: lambda v: type(v) is int,
         float: lambda v: type(v) in (int, float),
         str: lambda v: isinstance(v, str),
@@ -239,7 +261,8 @@ def _check_type(field: dataclasses.Field, value: Any, source: str | Path, where:
     }
     check = accepted.get(field.type, lambda v: v in get_args(field.type))
     if not check(value):
-        raise ConfigError(f"{source}: {where}{field.name} is {value!r}, but must be of type {field.type}")
+        expected = field.type.__name__ if isinstance(field.type, type) else field.type
+        raise ConfigError(f"{source}: {where}{field.name} is {value!r}, but must be of type {expected}")
 
 
 CHANGEABLE = {

@@ -18,7 +18,7 @@ from vqvae_jax import checkpoint, evaluation, logs, training, workdir
 from vqvae_jax.config import Config
 from vqvae_jax.data import hip_mri, loader
 from vqvae_jax.errors import CheckpointError, DivergenceError
-from vqvae_jax.models import vgg16
+from vqvae_jax.models import vgg_weights
 
 _STEPS_IN_FLIGHT = 2
 """Steps whose metrics are left on the device, so that reading them never makes it wait."""
@@ -124,10 +124,10 @@ class Trainer:
             f"validation slices, {len(devices)} x {devices[0].device_kind}"
         )
         loss = self._config.loss
-        if loss.perceptual_weight and loss.vgg_weights == vgg16.RANDOM:
+        if loss.perceptual_weight and loss.vgg_weights == vgg_weights.RANDOM:
             self._log(
                 f"Perceptual loss: UNTRAINED, random VGG16 features at {loss.perceptual_layer} (fixed seed); "
-                "give --vgg-weights a file for trained ones"
+                "--vgg-weights auto or a file gives trained ones"
             )
 
     def start(self, resume: bool) -> None:

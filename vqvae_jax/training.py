@@ -12,7 +12,8 @@ from flax.training import train_state
 from vqvae_jax import losses
 from vqvae_jax.config import Config, TrainingConfig
 from vqvae_jax.errors import ConfigError
-from vqvae_jax.models import vgg16
+from vqvae_jax.models import vgg16, vgg_weights
+from vqvae_jax.models.quantizer import CODEBOOK
 from vqvae_jax.models.vqvae import VQVAE
 
 AXIS = "batch"
@@ -23,14 +24,18 @@ VggParams = Any
 
 
 class TrainState(train_state.TrainState):
-    """Parameters, optimizer state and step, with batch norm's running statistics."""
+    """Parameters, optimizer state and step, with what the model keeps beside its parameters.
 
-    batch_stats: Any
+    ``model_state`` has the collection ``batch_stats`` (batch norm's running statistics) and, with an EMA
+    codebook, ``codebook``.
+    """
+
+    model_state: Any
 
     @property
     def variables(self) -> Variables:
         """What the model's ``apply`` takes."""
-        return {"params": self.params, "batch_stats": self.batch_stats}
+        return {"params": self.params, **self.model_state}
 
 
 @flax.struct.dataclass
@@ -74,20 +79,52 @@ def create_train_state(config: Config, steps_per_epoch: int) -> TrainState:
     model = VQVAE(config.model, axis_name=AXIS)
     image = jnp.zeros((1, *config.model.image_size, 1))
     variables = jax.jit(VQVAE(config.model).init)(jax.random.key(config.training.seed), image)
+    params = variables.pop("params")
     state = TrainState.create(
         apply_fn=model.apply,
-        params=variables["params"],
-        batch_stats=variables["batch_stats"],
+        params=params,
+        model_state=variables,
         tx=make_optimizer(config.training, steps_per_epoch),
     )
     return state.replace(step=jnp.zeros((), jnp.int32))
 
 
 def load_vgg(config: Config) -> VggParams | None:
-    """VGG16's parameters down to the perceptual layer, or None where the perceptual weight is 0."""
+    """VGG16's variables down to the perceptual layer, or None where the perceptual weight is 0."""
     if not config.loss.perceptual_weight:
         return None
-    return vgg16.params_for(config.loss.vgg_weights, config.loss.perceptual_layer)
+    return vgg_weights.load(config.loss.vgg_weights, config.loss.perceptual_layer)
+
+
+def make_loss(config: Config) -> Callable[[Any, TrainState, jax.Array, VggParams | None], tuple]:
+    """The training loss on one device: (parameters, state, images [B, H, W, 1], VGG parameters) ->
+    (total, (Losses, code counts [K], new model state)). Batch statistics are taken over the axis ``AXIS``.
+    """
+    vgg = vgg16.VGG16(layers=(config.loss.perceptual_layer,), dtype=jnp.dtype(config.model.precision))
+
+    def loss_fn(params, state, images, vgg_params):
+        output, model_state = state.apply_fn(
+            {"params": params, **state.model_state},
+            images,
+            train=True,
+            mutable=list(state.model_state),
+            rngs={CODEBOOK: jax.random.fold_in(jax.random.key(config.training.seed), state.step)},
+        )
+        perceptual = jnp.float32(0)
+        if vgg_params is not None:
+            perceptual = losses.perceptual_loss(
+                vgg.apply(vgg_params, output.reconstruction),
+                jax.lax.stop_gradient(vgg.apply(vgg_params, images)),
+            )
+        parts = losses.total_loss(
+            losses.reconstruction_loss(output.reconstruction, images),
+            perceptual,
+            output.quantizer.loss,
+            config.loss.perceptual_weight,
+        )
+        return parts.total, (parts, output.quantizer.counts, model_state)
+
+    return loss_fn
 
 
 def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, VggParams | None], tuple]:
@@ -96,32 +133,15 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, VggParam
     State, parameters and metrics have no device axis: they are the same on every device. The old state's
     buffers are reused for the new one.
     """
-    vgg = vgg16.VGG16(layers=(config.loss.perceptual_layer,), dtype=jnp.dtype(config.model.precision))
-
-    def loss_fn(params, state, images, vgg_params):
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        output, updates = state.apply_fn(variables, images, train=True, mutable=["batch_stats"])
-        perceptual = jnp.float32(0)
-        if vgg_params is not None:
-            perceptual = losses.perceptual_loss(
-                vgg.apply({"params": vgg_params}, output.reconstruction),
-                jax.lax.stop_gradient(vgg.apply({"params": vgg_params}, images)),
-            )
-        parts = losses.total_loss(
-            losses.reconstruction_loss(output.reconstruction, images),
-            perceptual,
-            output.quantizer.loss,
-            config.loss.perceptual_weight,
-        )
-        return parts.total, (parts, output.quantizer.counts, updates["batch_stats"])
+    loss_fn = make_loss(config)
 
     def train_step(state, images, vgg_params):
-        gradients, (parts, counts, batch_stats) = jax.grad(loss_fn, has_aux=True)(
+        gradients, (parts, counts, model_state) = jax.grad(loss_fn, has_aux=True)(
             state.params, state, images, vgg_params
         )
-        gradients, parts, batch_stats = jax.lax.pmean((gradients, parts, batch_stats), AXIS)
-        metrics = StepMetrics(parts, optax.global_norm(gradients), jax.lax.psum(counts, AXIS))
-        return state.apply_gradients(grads=gradients, batch_stats=batch_stats), metrics
+        gradients, parts = jax.lax.pmean((gradients, parts), AXIS)
+        metrics = StepMetrics(parts, optax.tree.norm(gradients), jax.lax.psum(counts, AXIS))
+        return state.apply_gradients(grads=gradients, model_state=model_state), metrics
 
     return jax.pmap(train_step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=(None, None), donate_argnums=(0,))
 

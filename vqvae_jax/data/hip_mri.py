@@ -22,7 +22,7 @@ from vqvae_jax.errors import DataError
 
 PHANTOM = "phantom"
 PHANTOM_FOLDER = Path("data/phantom")
-_LISTED = 20
+_LISTED = 200
 _READERS = 2
 
 
@@ -74,7 +74,6 @@ class HipMri(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         del dl_manager
-        self._bar = tqdm.tqdm(total=len(self._files.entries), desc="Reading NIfTI files", unit="file")
         return {split: self._generate_examples(split) for split in source.SPLITS}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -100,6 +99,8 @@ class HipMri(tfds.core.GeneratorBasedBuilder):
                         "slice": entry.slice if entry.slice >= 0 else position,
                     },
                 )
+        if next(number) == 0:
+            self._refuse_empty(split)
 
     def _read(self, entry: source.Entry) -> tuple[list[nifti.Slice], tuple[float, float], str]:
         try:
@@ -113,24 +114,22 @@ class HipMri(tfds.core.GeneratorBasedBuilder):
             return [], (0.0, 0.0), str(error)
 
     def _download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
-        try:
+        with tqdm.tqdm(total=len(self._files.entries), desc="Reading NIfTI files", unit="file") as self._bar:
             super()._download_and_prepare(*args, **kwargs)
-        except Exception:
-            # A split without one readable file makes TFDS fail first; the files are the reason.
-            self._refuse_unreadable()
-            raise
-        finally:
-            self._bar.close()
-        if self._config.on_bad_file == "error":
-            self._refuse_unreadable()
+        if self.unreadable and self._config.on_bad_file == "error":
+            raise DataError(f"{self._unusable()}. Mend or remove them, or leave them out with --on-bad-file skip")
         self.info.metadata.update(unreadable=self.unreadable, constant=self.constant)
 
-    def _refuse_unreadable(self) -> None:
-        if self.unreadable:
-            raise DataError(
-                f"{self._files.path}: {len(self.unreadable)} of {len(self._files.entries)} files cannot be used: "
-                f"{_listed(self.unreadable)}. Mend or remove them, or leave them out with --on-bad-file skip"
-            )
+    def _refuse_empty(self, split: str) -> None:
+        """Stops a build that TFDS would fail anyway; reads the splits after it, to name their bad files too."""
+        later = source.SPLITS[source.SPLITS.index(split) + 1 :]
+        entries = [entry for entry in self._files.entries if entry.split in later]
+        self.unreadable += [problem for *_, problem in _ahead(self._read, entries) if problem]
+        raise DataError(f"{self._unusable()}. Mend or replace them: split {split} holds no readable file")
+
+    def _unusable(self) -> str:
+        count = f"{len(self.unreadable)} of {len(self._files.entries)} files cannot be used"
+        return f"{self._files.path}: {count}: {_listed(self.unreadable)}"
 
 
 def _ahead(function: Callable, items: list) -> Iterator:
@@ -180,12 +179,13 @@ def prepare(config: DataConfig, phantom_size: tuple[int, int], log: Callable[[st
     tfds.disable_progress_bar()
     try:
         builder = HipMri(files, config, data_dir=config.tfds_dir)
-        with _one_builder_at_a_time(Path(builder.data_path)):
-            if not Path(builder.data_path).exists():
-                _remove_unfinished(Path(builder.data_path))
-                _build(builder)
-                log(f"Built the data set in {builder.data_path}")
-    except OSError as error:
+        built = Path(builder.data_path)
+        if not built.exists():
+            with _one_builder_at_a_time(built.parents[1]):
+                if not built.exists():
+                    _build(builder)
+                    log(f"Built the data set in {built}")
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError to ArrayRecord
         raise DataError(
             f"--tfds-dir {config.tfds_dir}: cannot be written ({error}); free space or choose another"
         ) from error
@@ -193,9 +193,6 @@ def prepare(config: DataConfig, phantom_size: tuple[int, int], log: Callable[[st
     for kind, advice in (("unreadable", "left out"), ("constant", "kept: every pixel the same, scaled to 0")):
         if names := (builder.info.metadata or {}).get(kind):
             log(f"Warning: {len(names)} {kind} file(s), {advice}: {_listed(names)}")
-    for split in source.SPLITS:
-        if not builder.info.splits[split].num_examples:
-            raise DataError(f"{path}: split {split} holds no readable slice")
     return builder
 
 
@@ -220,14 +217,11 @@ def _build(builder: HipMri) -> None:
 
 
 @contextlib.contextmanager
-def _one_builder_at_a_time(path: Path) -> Iterator[None]:
-    """Makes a second process that wants the same data set wait for the first one's."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / ".lock").open("w") as lock:
+def _one_builder_at_a_time(folder: Path) -> Iterator[None]:
+    """Makes a second process that wants to build in ``folder`` wait; removes what killed builds left there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        for leftover in folder.glob("*/incomplete.*"):  # TFDS's name for a build that is not finished
+            shutil.rmtree(leftover, ignore_errors=True)
         yield
-
-
-def _remove_unfinished(path: Path) -> None:
-    for leftover in path.parent.glob(f"{path.name}.incomplete*"):
-        shutil.rmtree(leftover, ignore_errors=True)

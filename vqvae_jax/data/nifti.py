@@ -17,6 +17,8 @@ MAX_DEFLATE_RATIO = 1032
 """Deflate cannot expand data by more than this (zlib's technical details)."""
 MIN_SIDE = 7
 """Sides below SSIM's 7 x 7 window cannot be evaluated."""
+MAX_INTENSITY = 1e38
+"""Differences of larger voxels overflow float32."""
 _TRAILING_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 22
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # Rec. 601
@@ -50,7 +52,7 @@ def read(source: Path | BinaryIO, size: int | None = None) -> Volume:
 
     Raises:
       DataError: the file is not NIfTI, is truncated or damaged, is not 2-D or 3-D, or holds voxels that
-        are not finite. The message gives the reason alone: the caller knows the file's name.
+        are not finite in float32. The message gives the reason alone: the caller knows the file's name.
     """
     if isinstance(source, Path):
         try:
@@ -66,9 +68,9 @@ def read(source: Path | BinaryIO, size: int | None = None) -> Volume:
 def _read_bounded(stream: BinaryIO, size: int) -> bytes:
     """All bytes the header asks for, after checking that a file of ``size`` bytes can hold them."""
     buffered = io.BufferedReader(stream) if not hasattr(stream, "peek") else stream
-    compressed = buffered.peek(2)[:2] == b"\x1f\x8b"
-    reader = gzip.GzipFile(fileobj=buffered) if compressed else buffered
     try:
+        compressed = buffered.peek(2)[:2] == b"\x1f\x8b"
+        reader = gzip.GzipFile(fileobj=buffered) if compressed else buffered
         head = reader.read(540)
         expected = _bytes_needed(head)
         if expected > size * (MAX_DEFLATE_RATIO if compressed else 1):
@@ -134,9 +136,9 @@ def _parse(content: bytes) -> Volume:
         raise
     except Exception as error:  # nibabel raises many kinds on damaged headers
         raise DataError(f"has a damaged header ({type(error).__name__}: {error})") from error
-    bad = voxels.size - int(np.isfinite(voxels).sum())
+    bad = voxels.size - int((np.abs(voxels) <= MAX_INTENSITY).sum())
     if bad:
-        raise DataError(f"holds {bad} voxels that are NaN or infinite, of {voxels.size}")
+        raise DataError(f"holds {bad} voxels that are NaN, infinite or beyond {MAX_INTENSITY:g}, of {voxels.size}")
     if not np.isfinite(affine).all():
         raise DataError("has a damaged header (its affine is not finite)")
     return Volume(voxels, affine)
@@ -145,7 +147,7 @@ def _parse(content: bytes) -> Volume:
 def _to_float(image: nibabel.Nifti1Image) -> np.ndarray:
     dtype = image.get_data_dtype()
     if dtype.fields:
-        colours = np.asanyarray(image.dataobj)
+        colours = image.dataobj.get_unscaled()  # NIfTI: scl_slope does not hold for colours
         return np.stack([colours[name].astype(np.float32) for name in "RGB"], axis=-1) @ _LUMA
     if dtype.kind == "c":
         return np.abs(np.asanyarray(image.dataobj)).astype(np.float32)
@@ -176,8 +178,8 @@ def slices(volume: Volume, slice_axis: int = -1) -> list[Slice]:
 
 
 def intensity_range(voxels: np.ndarray, percentiles: tuple[float, float]) -> tuple[float, float]:
-    """The intensities that become 0 and 1: two percentiles, or the extremes where those coincide."""
-    low, high = np.percentile(voxels, percentiles)
+    """The intensities that become 0 and 1: two percentiles, or the extremes where those coincide in float32."""
+    low, high = np.percentile(voxels, percentiles).astype(np.float32)
     if high <= low:
         low, high = voxels.min(), voxels.max()
     return float(low), float(high)

@@ -48,7 +48,7 @@ def find_data(path: str | None) -> Path:
       DataError: nothing is there.
     """
     if path is not None:
-        if not Path(path).exists():
+        if not os.path.exists(path):  # unlike Path.exists, false where a folder above it may not be entered
             raise DataError(f"--data {path}: no such file or folder; {_where_to_get_data()}")
         return Path(path)
     folder = DEFAULT_FOLDER / DEFAULT_NAME
@@ -99,20 +99,24 @@ class Source:
         self.is_hipmri, places = _place(found, path, pattern)
         self.entries = [
             Entry(name, *found[name], split, case, *_week_and_slice(name))
-            for name, (split, case) in sorted(places.items(), key=lambda item: _natural(item[0]))
+            for name, (split, case) in sorted(places.items(), key=lambda item: (_natural(item[0]), item[0]))
         ]
 
     def read(self, entry: Entry) -> nifti.Volume:
         """The voxels of one file. Raises DataError, naming the file."""
         try:
-            if self._zip is None:
-                return nifti.read(self.path / entry.name)
-            with self._zip.open(entry.name) as stream:
-                return nifti.read(stream, entry.size)
+            return nifti.read(self.path / entry.name) if self._zip is None else self._read_member(entry)
         except DataError as error:
             raise DataError(f"{entry.name} {error}") from error
-        except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, EOFError) as error:
-            raise DataError(f"{entry.name} cannot be read from the zip ({error})") from error
+
+    def _read_member(self, entry: Entry) -> nifti.Volume:
+        try:
+            with self._zip.open(entry.name) as stream:
+                return nifti.read(stream, entry.size)
+        except DataError:
+            raise
+        except Exception as error:  # zipfile and its decompressors raise many kinds
+            raise DataError(f"cannot be read from the zip ({type(error).__name__}: {error})") from error
 
     def fingerprint(self) -> str:
         """Changes whenever a file is added, removed, resized or touched, or changes its split."""
@@ -128,44 +132,62 @@ class Source:
 
 def _list_folder(root: Path) -> dict[str, tuple[int, str]]:
     found = {}
-    for folder, _, names in os.walk(root, followlinks=True, onerror=_raise_unreadable):
+    for folder, below, names in os.walk(root, followlinks=True, onerror=_raise_unreadable):
+        here = Path(folder).resolve()
+        below[:] = [name for name in below if not here.is_relative_to((here / name).resolve())]  # links in a circle
         for name in names:
-            path = Path(folder, name)
             if name.endswith(SUFFIXES):
-                facts = path.stat() if path.exists() else os.stat_result([0] * 10)
-                found[path.relative_to(root).as_posix()] = (facts.st_size, str(facts.st_mtime_ns))
+                path = Path(folder, name)
+                relative = path.relative_to(root).as_posix()
+                if re.search("[\udc80-\udcff]", relative):  # how Python spells bytes that are not UTF-8
+                    raise DataError(f"{root}: the file name {relative!a} is not UTF-8; rename it")
+                found[relative] = _size_and_time(path)
     return found
 
 
+def _size_and_time(path: Path) -> tuple[int, str]:
+    try:
+        facts = path.stat()
+    except OSError:  # a broken link, say: reading it will tell, together with the other bad files
+        return 0, ""
+    return facts.st_size, str(facts.st_mtime_ns)
+
+
 def _raise_unreadable(error: OSError) -> None:
-    raise DataError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+    raise DataError(f"{error.filename}: cannot be listed ({error.strerror}); make it readable or remove it") from error
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
         raise DataError(f"{path}: not a folder and not a readable zip ({error}); download it again") from error
 
 
 def _list_zip(archive: zipfile.ZipFile, path: Path) -> dict[str, tuple[int, str]]:
     found, total = {}, 0
     for info in archive.infolist():
-        parts = PurePosixPath(info.filename.replace("\\", "/")).parts
+        parts = _path(info.filename).parts
         if ".." in parts or info.filename.startswith(("/", "\\")) or (parts and parts[0].endswith(":")):
-            raise DataError(f"{path}: member {info.filename!r} points outside the zip's own folder; not read")
+            raise DataError(f"{path}: member {info.filename!r} points outside the zip's own folder; repack it without")
         if stat.S_ISLNK(info.external_attr >> 16):
-            raise DataError(f"{path}: member {info.filename!r} is a symbolic link; not read")
+            raise DataError(f"{path}: member {info.filename!r} is a symbolic link; repack the zip with the file itself")
         total += info.file_size
         if total > MAX_UNZIPPED_BYTES:
-            raise DataError(f"{path}: announces more than {MAX_UNZIPPED_BYTES >> 30} GiB unzipped; not read")
+            raise DataError(
+                f"{path}: announces more than {MAX_UNZIPPED_BYTES >> 30} GiB unzipped; give --data a folder"
+            )
         if info.filename.endswith(SUFFIXES):
             found[info.filename] = (info.file_size, f"{info.date_time} {info.CRC:08x}")
     return found
 
 
+def _path(name: str) -> PurePosixPath:
+    return PurePosixPath(name.replace("\\", "/"))  # some Windows programs zip with backslashes
+
+
 def _is_image(name: str) -> bool:
-    parts = PurePosixPath(name).parts
+    parts = _path(name).parts
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
     return not hidden and not any(part.startswith(SEGMENTATION_PREFIX) for part in parts[:-1])
 
@@ -174,7 +196,7 @@ def _place(found: dict, path: Path, pattern: re.Pattern | None) -> tuple[bool, d
     """Split and case of every file that is part of the data set; and whether it brings its own splits."""
     given = {}
     for name in found:
-        for folder in PurePosixPath(name).parts[:-1][:2]:
+        for folder in _path(name).parts[:-1][:2]:
             if folder in SPLIT_FOLDERS:
                 given[name] = (SPLIT_FOLDERS[folder], case_of(name, pattern))
                 break
@@ -182,7 +204,11 @@ def _place(found: dict, path: Path, pattern: re.Pattern | None) -> tuple[bool, d
         return False, split_by_case({name: case_of(name, pattern) for name in found}, path)
     missing = [folder for folder, split in SPLIT_FOLDERS.items() if split not in {s for s, _ in given.values()}]
     if missing:
-        raise DataError(f"{path}: holds no .nii or .nii.gz files in {missing[0]}, a split of the HipMRI layout")
+        raise DataError(
+            f"{path}: holds no .nii or .nii.gz files in {', '.join(missing)}, which the HipMRI layout needs beside "
+            f"{', '.join(folder for folder in SPLIT_FOLDERS if folder not in missing)}; add them, or rename the "
+            "folders to have the files split by case"
+        )
     return True, given
 
 
@@ -194,12 +220,12 @@ def case_of(name: str, pattern: re.Pattern | None = None) -> str:
     file name. With ``pattern``: what it matches (its first group if it has one), else as above.
     """
     if pattern and (match := pattern.search(name)):
-        return match.group(1 if pattern.groups else 0)
-    path = PurePosixPath(name)
+        return (pattern.groups and match.group(1)) or match.group()
+    path = _path(name)
     if match := _HIPMRI_NAME.search(path.name):
         return match["case"]
     for folder in path.parts[:-1]:
-        if folder not in SPLIT_FOLDERS and re.search(r"\d", folder):
+        if re.search(r"\d", folder):
             return folder
     stem = path.name.removesuffix(".gz").removesuffix(".nii")
     match = re.match(r"\D*\d+", stem)
@@ -241,7 +267,7 @@ def _week_and_slice(name: str) -> tuple[int, int]:
 
 def _natural(name: str) -> list:
     """Sort key that puts slice 2 before slice 10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]
 
 
 def describe(source: Source) -> Iterator[str]:

@@ -1,9 +1,18 @@
 """The vector quantizer: each position's vector is replaced by the nearest code of a learned codebook."""
 
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+CODEBOOK = "codebook"
+"""Name of the collection of what the EMA quantizer keeps, and of its random stream."""
+KMEANS_STEPS = 10
+"""Lloyd iterations on the first batch; the codebook hardly moves after ten."""
+DEAD_BELOW = 0.03
+"""A code used less than this share of the average is dead (Jukebox, arXiv:2005.00341, revives below 1 use)."""
 
 
 @flax.struct.dataclass
@@ -13,7 +22,7 @@ class QuantizerOutput:
     Attributes:
       quantized: [..., D], the chosen codes; gradients pass straight through to the latents.
       indices: int32 [...], which code was chosen.
-      loss: codebook_loss + commitment_cost * commitment_loss.
+      loss: what to add to the training loss.
       codebook_loss: mean squared distance, moving the codes towards the latents.
       commitment_loss: the same distance, moving the latents towards the codes.
       counts: float32 [K], how often each code was chosen.
@@ -25,6 +34,24 @@ class QuantizerOutput:
     codebook_loss: jax.Array
     commitment_loss: jax.Array
     counts: jax.Array
+
+
+def nearest(latents: jax.Array, codes: jax.Array) -> jax.Array:
+    """Indices int32 [...] of the codes [K, D] nearest to float32 latents [..., D]; the lowest of equals."""
+    flat = jax.lax.stop_gradient(latents).reshape(-1, codes.shape[-1])
+    # |z - e|^2 without |z|^2, which is the same for every code.
+    products = jnp.matmul(flat, codes.T, precision=jax.lax.Precision.HIGHEST)
+    distances = jnp.sum(jnp.square(codes), axis=1) - 2 * products
+    return jnp.argmin(distances, axis=1).astype(jnp.int32).reshape(latents.shape[:-1])
+
+
+def code_counts(indices: jax.Array, num_embeddings: int) -> jax.Array:
+    """How often each code occurs in ``indices``: float32 [K]."""
+    return jnp.zeros(num_embeddings, jnp.float32).at[indices.reshape(-1)].add(1)
+
+
+def _squared_distance(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.square(a - b)) if a.size else jnp.float32(0)
 
 
 class VectorQuantizer(nn.Module):
@@ -50,39 +77,125 @@ class VectorQuantizer(nn.Module):
     commitment_cost: float = 0.25
 
     def setup(self):
+        self.embedding = self.param("embedding", self._uniform, (self.num_embeddings, self.embedding_dim))
+
+    def __call__(self, latents: jax.Array, *, train: bool = False) -> QuantizerOutput:
+        del train  # the codes are moved by their gradient
+        z = self._float32(latents)
+        indices = nearest(z, self.embedding)
+        codes = self.lookup(indices)
+        codebook_loss = _squared_distance(jax.lax.stop_gradient(z), codes)
+        return self._output(latents, z, codes, indices, codebook_loss)
+
+    def lookup(self, indices: jax.Array) -> jax.Array:
+        """Codes float32 [..., D] of indices [...]."""
+        return jnp.take(self._codes(), indices, axis=0)
+
+    def _codes(self) -> jax.Array:
+        return self.embedding
+
+    def _uniform(self, key: jax.Array, shape: tuple[int, int]) -> jax.Array:
         bound = 1 / self.num_embeddings
+        return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
-        def uniform(key, shape):
-            return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-
-        self.embedding = self.param("embedding", uniform, (self.num_embeddings, self.embedding_dim))
-
-    def __call__(self, latents: jax.Array) -> QuantizerOutput:
+    def _float32(self, latents: jax.Array) -> jax.Array:
         if latents.shape[-1] != self.embedding_dim:
             raise ValueError(f"latents {latents.shape} must end in the code width, {self.embedding_dim}")
-        z = latents.astype(jnp.float32)
-        indices = self.nearest(z)
-        codes = self.lookup(indices)
-        codebook_loss = jnp.mean(jnp.square(jax.lax.stop_gradient(z) - codes)) if z.size else jnp.float32(0)
-        commitment_loss = jnp.mean(jnp.square(z - jax.lax.stop_gradient(codes))) if z.size else jnp.float32(0)
-        counts = jnp.zeros(self.num_embeddings, jnp.float32).at[indices.reshape(-1)].add(1)
+        return latents.astype(jnp.float32)
+
+    def _output(
+        self, latents: jax.Array, z: jax.Array, codes: jax.Array, indices: jax.Array, codebook_loss: jax.Array
+    ) -> QuantizerOutput:
+        commitment_loss = _squared_distance(z, jax.lax.stop_gradient(codes))
         return QuantizerOutput(
             quantized=(z + jax.lax.stop_gradient(codes - z)).astype(latents.dtype),
             indices=indices,
             loss=codebook_loss + self.commitment_cost * commitment_loss,
             codebook_loss=codebook_loss,
             commitment_loss=commitment_loss,
-            counts=counts,
+            counts=code_counts(indices, self.num_embeddings),
         )
 
-    def nearest(self, latents: jax.Array) -> jax.Array:
-        """Indices int32 [...] of the codes nearest to float32 latents [..., D]; the lowest of equals."""
-        flat = jax.lax.stop_gradient(latents).reshape(-1, self.embedding_dim)
-        # |z - e|^2 without |z|^2, which is the same for every code.
-        products = jnp.matmul(flat, self.embedding.T, precision=jax.lax.Precision.HIGHEST)
-        distances = jnp.sum(jnp.square(self.embedding), axis=1) - 2 * products
-        return jnp.argmin(distances, axis=1).astype(jnp.int32).reshape(latents.shape[:-1])
 
-    def lookup(self, indices: jax.Array) -> jax.Array:
-        """Codes float32 [..., D] of indices [...]."""
-        return jnp.take(self.embedding, indices, axis=0)
+class EMAVectorQuantizer(VectorQuantizer):
+    """A quantizer whose codes are moving averages of the latents that chose them (ibid., appendix A.1).
+
+    With n_i the latents that chose code i and S_i their sum: N_i <- d N_i + (1 - d) n_i,
+    m_i <- d m_i + (1 - d) S_i, e_i = m_i / N_i. The first training batch sets the codes by k-means; a code
+    whose N_i falls below a small share of the average is dead, and takes a random latent of the batch. The
+    loss has no codebook term. Codes, averages and the flag of the first batch are in the collection
+    ``codebook``, changed only with ``train``; a random stream of that name chooses the latents.
+
+    Attributes:
+      decay: d.
+      axis_name: the pmapped axis whose devices share one codebook; None on one device.
+    """
+
+    decay: float = 0.99
+    axis_name: str | None = None
+
+    def setup(self):
+        shape = (self.num_embeddings, self.embedding_dim)
+        start = self.variable(CODEBOOK, "embedding", lambda: self._uniform(self.make_rng("params"), shape))
+        self.embedding = start
+        self.counts = self.variable(CODEBOOK, "counts", lambda: jnp.ones(self.num_embeddings))
+        self.sums = self.variable(CODEBOOK, "sums", lambda: start.value)
+        self.started = self.variable(CODEBOOK, "started", lambda: jnp.zeros((), bool))
+
+    def __call__(self, latents: jax.Array, *, train: bool = False) -> QuantizerOutput:
+        z = self._float32(latents)
+        update = train and not self.is_initializing()
+        if update:
+            self._start(z)
+        indices = nearest(z, self._codes())
+        output = self._output(latents, z, self.lookup(indices), indices, jnp.float32(0))
+        if update:
+            self._update(z, indices, output.counts)
+        return output
+
+    def _codes(self) -> jax.Array:
+        return self.embedding.value
+
+    def _start(self, z: jax.Array) -> None:
+        """Sets the codes from the first batch: K of its latents, then k-means."""
+
+        def kmeans(flat: jax.Array) -> jax.Array:
+            codes = self._random_latents(flat)
+            for _ in range(KMEANS_STEPS):
+                counts, sums = self._statistics(flat, nearest(flat, codes))
+                codes = jnp.where(counts[:, None] > 0, sums / jnp.maximum(counts, 1)[:, None], codes)
+            return codes
+
+        flat = jax.lax.stop_gradient(z).reshape(-1, self.embedding_dim)
+        codes = jax.lax.cond(self.started.value, lambda _: self._codes(), kmeans, flat)
+        self.embedding.value = codes
+        self.sums.value = jnp.where(self.started.value, self.sums.value, codes * self.counts.value[:, None])
+        self.started.value = jnp.ones((), bool)
+
+    def _update(self, z: jax.Array, indices: jax.Array, counts: jax.Array) -> None:
+        flat = jax.lax.stop_gradient(z).reshape(-1, self.embedding_dim)
+        counts, sums = self._statistics(flat, indices.reshape(-1))
+        counts = self.decay * self.counts.value + (1 - self.decay) * counts
+        sums = self.decay * self.sums.value + (1 - self.decay) * sums
+        average = jnp.mean(counts)
+        dead = counts < DEAD_BELOW * average
+        self.counts.value = jnp.where(dead, average, counts)
+        self.sums.value = jnp.where(dead[:, None], average * self._random_latents(flat), sums)
+        self.embedding.value = self.sums.value / self.counts.value[:, None]
+
+    def _statistics(self, flat: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Number [K] and sum [K, D] of the latents that chose each code, over all devices."""
+        counts = code_counts(indices, self.num_embeddings)
+        sums = jnp.zeros((self.num_embeddings, self.embedding_dim)).at[indices].add(flat)
+        return self._over_devices(jax.lax.psum, (counts, sums))
+
+    def _random_latents(self, flat: jax.Array) -> jax.Array:
+        """K latents [K, D] drawn from every device's; the same on all of them."""
+        chosen = jax.random.randint(self.make_rng(CODEBOOK), (self.num_embeddings,), 0, flat.shape[0])
+        drawn = flat[chosen]
+        everywhere = self._over_devices(jax.lax.all_gather, drawn[None])
+        everywhere = everywhere.reshape(-1, *drawn.shape)
+        return everywhere[jnp.arange(self.num_embeddings) % len(everywhere), jnp.arange(self.num_embeddings)]
+
+    def _over_devices(self, collective: Any, values: Any) -> Any:
+        return values if self.axis_name is None else collective(values, self.axis_name)

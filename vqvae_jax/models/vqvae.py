@@ -16,7 +16,7 @@ from vqvae_jax.models.layers import (
     Upsample,
     leaky_relu,
 )
-from vqvae_jax.models.quantizer import QuantizerOutput, VectorQuantizer
+from vqvae_jax.models.quantizer import EMAVectorQuantizer, QuantizerOutput, VectorQuantizer
 
 
 class Encoder(nn.Module):
@@ -25,6 +25,7 @@ class Encoder(nn.Module):
     hidden_channels: int
     embedding_dim: int
     residual_blocks: int = 2
+    latent_norm: bool = True
     axis_name: str | None = None
     dtype: Dtype = jnp.float32
 
@@ -39,7 +40,7 @@ class Encoder(nn.Module):
             x = ResidualBlock(**norm, name=f"residual{number + 1}")(x, train=train)
         x = SelfAttention(self.dtype, name="attention")(x)
         x = Conv(self.embedding_dim, 3, padding=1, dtype=self.dtype, name="conv3")(x)
-        return Norm(**norm, name="norm3")(x, train=train)
+        return Norm(**norm, name="norm3")(x, train=train) if self.latent_norm else x
 
 
 class Decoder(nn.Module):
@@ -103,27 +104,48 @@ class VQVAE(nn.Module):
             "axis_name": self.axis_name,
             "dtype": jnp.dtype(config.precision),
         }
-        self.encoder = Encoder(embedding_dim=config.embedding_dim, **shared)
-        self.quantizer = VectorQuantizer(config.num_embeddings, config.embedding_dim, config.commitment_cost)
+        self.encoder = Encoder(embedding_dim=config.embedding_dim, latent_norm=config.latent_norm, **shared)
+        codebook = (config.num_embeddings, config.embedding_dim, config.commitment_cost)
+        if config.codebook_update == "ema":
+            self.quantizer = EMAVectorQuantizer(*codebook, config.ema_decay, self.axis_name)
+        else:
+            self.quantizer = VectorQuantizer(*codebook)
         self.decoder = Decoder(**shared)
 
     def __call__(self, images: jax.Array, *, train: bool = False) -> VQVAEOutput:
         """Encodes, quantizes and decodes images [N, H, W, 1] in [0, 1]; H and W are multiples of 4."""
-        quantized = self.quantize(self.encode(images, train=train))
+        quantized = self.quantize(self.encode(images, train=train), train=train)
         return VQVAEOutput(self.decode(quantized.quantized, train=train), quantized)
 
     def encode(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         """Latents [N, H / 4, W / 4, D] of images [N, H, W, 1]."""
         return self.encoder(images, train=train)
 
-    def quantize(self, latents: jax.Array) -> QuantizerOutput:
+    def quantize(self, latents: jax.Array, *, train: bool = False) -> QuantizerOutput:
         """Nearest codes of latents [N, h, w, D]."""
-        return self.quantizer(latents)
+        if not self.config.published_flatten:
+            return self.quantizer(latents, train=train)
+        output = self.quantizer(_published_rows(latents), train=train)
+        return output.replace(quantized=_from_published_rows(output.quantized))
 
     def lookup(self, indices: jax.Array) -> jax.Array:
         """Code vectors [N, h, w, D] of indices int32 [N, h, w]."""
-        return self.quantizer.lookup(indices)
+        vectors = self.quantizer.lookup(indices)
+        return _from_published_rows(vectors) if self.config.published_flatten else vectors
 
     def decode(self, vectors: jax.Array, *, train: bool = False) -> jax.Array:
         """Images [N, 4 h, 4 w, 1] in [0, 1] of vectors [N, h, w, D]."""
         return self.decoder(vectors, train=train)
+
+
+# The published code flattens [N, D, h, w] with view(-1, D), channels not moved last, so that its "vectors" are
+# runs of one channel's pixels (and straddle channels where D does not divide h * w). Its weights need the same.
+def _published_rows(latents: jax.Array) -> jax.Array:
+    """[N, h, w, D] to as many rows of D numbers, [N, h, w, D], in the published order."""
+    return latents.transpose(0, 3, 1, 2).reshape(latents.shape)
+
+
+def _from_published_rows(rows: jax.Array) -> jax.Array:
+    """Inverse of ``_published_rows``."""
+    n, height, width, dim = rows.shape
+    return rows.reshape(n, dim, height, width).transpose(0, 2, 3, 1)

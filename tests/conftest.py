@@ -1,0 +1,53 @@
+"""What several test files share: real data where it is at hand, a tiny run, running a script."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL_DATA = ROOT.parent / "shared" / "data"
+TINY = [
+    *("--platform", "cpu", "--preset", "demo", "--image-size", "32", "16", "--hidden-channels", "8"),
+    *("--embedding-dim", "4", "--num-embeddings", "32", "--phantom-cases", "6", "--phantom-slices", "4"),
+    *("--batch-size", "8"),
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Compiles each program of the tests once, here and in the scripts they start."""
+    folder = tmp_path_factory.mktemp("compiled")
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+
+
+def run_script(name, *arguments, cwd, **environment):
+    """Runs scripts/NAME as a user would, in ``cwd``; returns status, stdout, stderr."""
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts" / name, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """Folder in which a tiny model was trained on a tiny phantom, into runs/tiny; and what that printed."""
+    place = tmp_path_factory.mktemp("tiny")
+    done = run_script("train.py", *TINY, "--epochs", 3, "--workdir", "runs/tiny", cwd=place)
+    assert done.returncode == 0, done.stderr
+    return place, done.stdout

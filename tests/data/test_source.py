@@ -1,0 +1,287 @@
+"""Finding the files of a set: layouts, splits, cases, and zips and folders that are not what they should be."""
+
+import os
+import stat
+import zipfile
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from vqvae_jax.data import source
+from vqvae_jax.data.source import Source, case_of, split_by_case
+from vqvae_jax.errors import ConfigError, DataError
+
+NIFTI = nibabel.Nifti1Image(np.arange(72, dtype=np.int16).reshape(9, 8), np.eye(4)).to_bytes()
+HIPMRI = {
+    "keras_slices_train/case_004_week_0_slice_10.nii": "train",
+    "keras_slices_train/case_004_week_0_slice_2.nii": "train",
+    "keras_slices_validate/case_005_week_1_slice_0.nii": "validation",
+    "keras_slices_test/case_006_week_12_slice_3.nii": "test",
+}
+NEVER_READ = (
+    "keras_slices_seg_train/seg_004_week_0_slice_10.nii",
+    "keras_slices_train/readme.txt",
+    "keras_slices_train/._case_004_week_0_slice_2.nii",
+    "__MACOSX/keras_slices_train/case_004_week_0_slice_2.nii",
+)
+
+
+def write_folder(root, names, content=NIFTI):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return root
+
+
+def write_zip(path, names, content=NIFTI):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            archive.writestr(zipfile.ZipInfo(name) if isinstance(name, str) else name, content)
+    return path
+
+
+def splits(files):
+    return {entry.name: entry.split for entry in files.entries}
+
+
+@pytest.mark.parametrize("nested", ["", "HipMRI_study_keras_slices_data/"])
+@pytest.mark.parametrize("write", [write_folder, write_zip])
+def test_the_hipmri_layout_keeps_its_splits(write, nested, tmp_path):
+    files = Source(write(tmp_path / "set", [nested + name for name in (*HIPMRI, *NEVER_READ)]))
+    assert splits(files) == {nested + name: split for name, split in HIPMRI.items()}
+    assert [(e.case, e.week, e.slice) for e in files.entries if e.split == "test"] == [("case_006", 12, 3)]
+    assert [e.slice for e in files.entries if e.split == "train"] == [2, 10]
+    for entry in files.entries:
+        np.testing.assert_array_equal(files.read(entry).voxels, np.arange(72).reshape(9, 8))
+
+
+def test_a_zip_with_backslashes_is_understood(tmp_path):
+    names = [name.replace("/", "\\") for name in ("set/" + name for name in (*HIPMRI, *NEVER_READ))]
+    files = Source(write_zip(tmp_path / "set.zip", names))
+    assert sorted(splits(files).values()) == sorted(HIPMRI.values())
+    assert files.read(files.entries[0]).voxels.shape == (9, 8)
+
+
+def test_a_missing_split_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"in keras_slices_validate, which the HipMRI layout needs.*; add them, or"):
+        Source(write_folder(tmp_path, [name for name, split in HIPMRI.items() if split != "validation"]))
+
+
+def test_the_default_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("data/HipMRI_study_keras_slices_data")
+    with pytest.raises(DataError, match=rf"{folder}.*--preset demo"):
+        source.find_data(None)
+    archive = write_folder(tmp_path, [f"{folder}.zip"]) / f"{folder}.zip"
+    assert source.find_data(None) == archive.relative_to(tmp_path)
+    folder.mkdir()
+    assert source.find_data(None) == folder
+    with pytest.raises(DataError, match=r"--data elsewhere: no such .*--preset demo"):
+        source.find_data("elsewhere")
+
+
+@pytest.mark.parametrize("names", [[], ["notes.txt"], ["keras_slices_seg_train/a.nii"]])
+def test_a_set_without_images_says_what_is_wanted(names, tmp_path):
+    with pytest.raises(DataError, match=r"no .nii or .nii.gz files; put .*--preset demo"):
+        Source(write_folder(tmp_path, names))
+
+
+# Splitting by case.
+
+
+def test_about_80_10_10_of_the_cases_and_no_case_in_two_splits():
+    cases = {f"scan{scan}_of_{case}.nii": f"patient {case}" for case in range(2000) for scan in range(2)}
+    placed = split_by_case(cases, Path("set"))
+    assert placed.keys() == cases.keys()
+    assert len(set(placed.values())) == 2000  # (split, case): each case has one split
+    shares = [np.mean([split == wanted for split, _ in placed.values()]) for wanted in source.SPLITS]
+    np.testing.assert_allclose(shares, [0.8, 0.1, 0.1], atol=0.03)
+
+
+@pytest.mark.parametrize("count", range(3, 15))
+def test_no_split_is_empty_however_few_the_cases(count):
+    for first in range(0, 300, 10):
+        placed = split_by_case({f"{case}.nii": f"{case}" for case in range(first, first + count)}, Path("set"))
+        assert {split for split, _ in placed.values()} == set(source.SPLITS)
+
+
+def test_a_case_keeps_its_split_in_another_order_process_or_release_and_with_other_cases():
+    cases = {f"{case}.nii": f"case_{case:03d}" for case in range(60)}
+    placed = split_by_case(cases, Path("set"))
+    assert split_by_case(dict(reversed(cases.items())), Path("set")) == placed
+    more = split_by_case(cases | {f"{case}.nii": f"case_{case:03d}" for case in range(60, 90)}, Path("set"))
+    assert placed.items() <= more.items()
+    # sha256("case_...")[:12] read as a fraction: below 0.1 is test, below 0.2 validation (computed with sha256sum).
+    held_out = {case: split for split, case in placed.values() if split != "train"}
+    assert held_out == {
+        "case_011": "validation",
+        "case_020": "test",
+        "case_037": "validation",
+        "case_049": "validation",
+        "case_057": "test",
+    }
+
+
+def test_two_cases_cannot_be_split(tmp_path):
+    with pytest.raises(DataError, match=r"its 3 files belong to 2 case\(s\) \(a1, b1\).*--case-pattern"):
+        Source(write_folder(tmp_path, ["a1_x.nii", "a1_y.nii", "b1.nii"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "case"),
+    [
+        ("keras_slices_train/case_004_week_0_slice_10.nii.gz", None, "case_004"),
+        ("sub-01/anat/T2.nii", None, "sub-01"),
+        ("prostatex_0001_tra.nii.gz", None, "prostatex_0001"),
+        ("anna.nii.gz", None, "anna"),
+        ("all/anna.nii", None, "anna"),
+        ("2024/sub-07_run-1.nii", r"sub-\d+", "sub-07"),
+        ("2024/sub-07_run-1.nii", r"sub-(\d+)", "07"),
+        ("2024/sub-07_run-1.nii", r"sub-(x)?\d+", "sub-07"),
+        ("anna.nii.gz", r"sub-\d+", "anna"),
+    ],
+)
+def test_case_of(name, pattern, case):
+    assert case_of(name, pattern and source.re.compile(pattern)) == case
+
+
+def test_a_case_pattern_that_is_none(tmp_path):
+    with pytest.raises(ConfigError, match="--case-pattern '\\(' is not a regular expression"):
+        Source(tmp_path, "(")
+
+
+# Zips that are not to be trusted.
+
+
+def link(name):
+    info = zipfile.ZipInfo(name)
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    return info
+
+
+@pytest.mark.parametrize("odd", ["../a.nii", "keras_slices_train/../../a.nii", "/etc/a.nii", "C:/a.nii", "..\\a.nii"])
+def test_members_outside_the_zips_folder_are_refused(odd, tmp_path):
+    with pytest.raises(DataError, match="points outside the zip's own folder; repack") as caught:
+        Source(write_zip(tmp_path / "set.zip", [*HIPMRI, odd]))
+    assert repr(odd) in str(caught.value)
+
+
+def test_links_in_a_zip_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"member 'keras_slices_train/l.nii' is a symbolic link; repack"):
+        Source(write_zip(tmp_path / "set.zip", [*HIPMRI, link("keras_slices_train/l.nii")]))
+
+
+def test_a_zip_may_announce_no_more_than_the_limit(tmp_path, monkeypatch):
+    path = write_zip(tmp_path / "set.zip", HIPMRI)
+    monkeypatch.setattr(source, "MAX_UNZIPPED_BYTES", len(NIFTI) * len(HIPMRI))
+    Source(path)
+    monkeypatch.setattr(source, "MAX_UNZIPPED_BYTES", len(NIFTI) * len(HIPMRI) - 1)
+    with pytest.raises(DataError, match=r"set.zip: announces more than"):
+        Source(path)
+
+
+def damaged_version(content):
+    start = content.index(b"PK\x01\x02")
+    return content[: start + 6] + b"\xff" + content[start + 7 :]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b"", lambda b: NIFTI, damaged_version])
+def test_what_is_no_zip_is_named(damage, tmp_path):
+    path = write_zip(tmp_path / "set.zip", HIPMRI)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=r"set.zip: not a folder and not a readable zip .*; download it again"):
+        Source(path)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_member_is_named(compression, tmp_path):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name in HIPMRI:
+            archive.writestr(name, NIFTI)
+    content, first = path.read_bytes(), next(iter(HIPMRI))
+    start = content.index(first.encode()) + len(first)
+    for position in range(start + 9, start + 24):  # 9: the bytes of an LZMA header that may vary
+        path.write_bytes(content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :])
+        files = Source(path)
+        with pytest.raises(DataError, match=f"^{first} ") as caught:
+            files.read(next(entry for entry in files.entries if entry.name == first))
+        assert "\n" not in str(caught.value)
+
+
+# Folders that are not to be trusted.
+
+
+def test_a_broken_link_is_listed_and_named_when_read(tmp_path):
+    write_folder(tmp_path, HIPMRI)
+    (tmp_path / "keras_slices_train/a.nii").symlink_to("nowhere.nii")
+    files = Source(tmp_path)
+    (entry,) = (entry for entry in files.entries if entry.name == "keras_slices_train/a.nii")
+    with pytest.raises(DataError, match=r"^keras_slices_train/a.nii cannot be opened \(No such file"):
+        files.read(entry)
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    write_folder(tmp_path / "elsewhere", ["c3.nii"])
+    root = write_folder(tmp_path / "set", ["a1.nii", "deep/b2.nii"])
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "deep/up").symlink_to(root)
+    (root / "deep/here").symlink_to(".")
+    assert set(splits(Source(root))) == {"a1.nii", "deep/b2.nii", "linked/c3.nii"}
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    write_folder(tmp_path, HIPMRI)
+    scandir = os.scandir
+
+    def refuse(path):  # chmod would not stop root
+        if str(path).endswith("keras_slices_test"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"keras_slices_test: cannot be listed \(Permission denied\); make it readable"):
+        Source(tmp_path)
+
+
+def test_a_file_name_that_is_not_utf8_is_named(tmp_path):
+    write_folder(tmp_path, ["a1.nii", "b2.nii", os.fsdecode(b"caf\xe9.nii")])
+    with pytest.raises(DataError, match=r"the file name 'caf\\udce9.nii' is not UTF-8; rename it"):
+        Source(tmp_path)
+
+
+# The fingerprint.
+
+
+def test_the_order_of_files_does_not_depend_on_the_file_system(tmp_path):
+    names = [
+        f"keras_slices_{split}/case_{n}_week_0_slice_1²3.nii"
+        for split in ("train", "validate", "test")
+        for n in ["1", "01", "2"]
+    ]
+    one, other = (Source(write_zip(tmp_path / f"{way}.zip", names[::way])) for way in (1, -1))
+    assert [entry.name for entry in one.entries] == [entry.name for entry in other.entries]
+    assert one.fingerprint() == other.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: os.utime(path, ns=(0, 0)),
+        lambda path: (time := path.stat().st_mtime_ns, path.write_bytes(NIFTI + b" "), os.utime(path, ns=(time, time))),
+        lambda path: path.unlink(),
+        lambda path: path.with_name("case_009_week_0_slice_0.nii").write_bytes(NIFTI),
+        lambda path: path.rename(path.parents[1] / "keras_slices_test" / path.name),
+    ],
+    ids=["touched", "resized", "removed", "added", "moved to another split"],
+)
+def test_the_fingerprint_changes_with_the_files_alone(change, tmp_path):
+    write_folder(tmp_path, HIPMRI)
+    before = Source(tmp_path).fingerprint()
+    write_folder(tmp_path, ["keras_slices_seg_train/new.nii"])
+    assert Source(tmp_path).fingerprint() == before
+    change(tmp_path / next(iter(HIPMRI)))
+    assert Source(tmp_path).fingerprint() != before

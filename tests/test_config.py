@@ -1,0 +1,197 @@
+"""A configuration survives its JSON, and what cannot work is refused by the name of its flag, field and file."""
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+
+from vqvae_jax.config import (
+    PRESETS,
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    TrainingConfig,
+    check_resumable,
+    from_json,
+    to_json,
+)
+from vqvae_jax.errors import ConfigError
+
+GROUPS = {"model": ModelConfig, "data": DataConfig, "loss": LossConfig, "training": TrainingConfig}
+NAN, INFINITY = float("nan"), float("inf")
+
+
+def edited(group, name, value):
+    """The default configuration's JSON with one field set to another value, or left out."""
+    values = json.loads(to_json(Config()))
+    values[group].pop(name, None)
+    if value is not ...:
+        values[group][name] = value
+    return json.dumps(values)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_survive_json(preset):
+    assert PRESETS[preset].preset == preset
+    assert from_json(to_json(PRESETS[preset])) == PRESETS[preset]
+
+
+def test_every_field_survives_json():
+    """Each field, changed to some other value that works, comes back as it went."""
+    others = {int: lambda v: v + 8, float: lambda v: v / 2, bool: lambda v: not v, str: lambda v: v + "x"}
+    special = {
+        "image_size": (36, 20),
+        "scale_percentiles": (1.0, 99.0),
+        "slice_axis": 0,
+        "data": "phantom",
+        "case_pattern": r"\d+",
+        "codebook_update": "ema",
+        "precision": "bfloat16",
+        "on_bad_file": "skip",
+        "fit": "resize",
+    }
+    for group, cls in GROUPS.items():
+        for field in dataclasses.fields(cls):
+            value = special[field.name] if field.name in special else others[field.type](field.default)
+            assert value != field.default
+            config = Config(**{group: cls(**{field.name: value})})
+            assert from_json(to_json(config)) == config
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "null", "[]", "3", '{"preset": "hipmri"}', to_json(Config())[:-3], "[" * 100_000, "1" * 5000],
+    ids=lambda text: text[:12],
+)
+def test_what_is_no_configuration_is_refused_by_file(text):
+    with pytest.raises(ConfigError, match=r"^runs/a/config\.json: "):
+        from_json(text, "runs/a/config.json")
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        ("model", "depth", 3),  # unknown
+        ("model", "hidden_channels", ...),  # missing
+        ("model", "hidden_channels", "256"),
+        ("model", "hidden_channels", 256.0),
+        ("model", "latent_norm", 1),
+        ("training", "epochs", True),
+        ("model", "image_size", 256),
+        ("model", "image_size", [256.0, 128]),
+        ("model", "precision", "float16"),
+        ("data", "fit", None),
+        ("data", "data", 1),
+        ("loss", "perceptual_layer", None),
+    ],
+)
+def test_wrong_fields_are_refused_by_file_and_field(group, name, value):
+    with pytest.raises(ConfigError, match=rf"^a/config\.json: .*{group}\.{name}"):
+        from_json(edited(group, name, value), "a/config.json")
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        ("model", "image_size", (30, 16)),
+        ("model", "image_size", (0, 16)),
+        ("model", "image_size", (-4, 16)),
+        ("model", "image_size", (32, 16, 4)),
+        ("model", "hidden_channels", 12),
+        ("model", "hidden_channels", 0),
+        ("model", "residual_blocks", -1),
+        ("model", "embedding_dim", 0),
+        ("model", "num_embeddings", 1),
+        ("model", "commitment_cost", -0.1),
+        ("model", "commitment_cost", NAN),
+        ("model", "ema_decay", 1.0),
+        ("data", "scale_percentiles", (99.5, 0.5)),
+        ("data", "scale_percentiles", (50.0, 50.0)),
+        ("data", "scale_percentiles", (0.0, 100.1)),
+        ("data", "scale_percentiles", (NAN, 99.5)),
+        ("data", "slice_axis", 3),
+        ("data", "memory_limit_gib", -1.0),
+        ("data", "phantom_cases", 0),
+        ("loss", "perceptual_weight", -1.0),
+        ("loss", "perceptual_weight", INFINITY),
+        ("training", "epochs", 0),
+        ("training", "batch_size", -8),
+        ("training", "learning_rate", 0.0),
+        ("training", "learning_rate", NAN),
+        ("training", "learning_rate", INFINITY),
+        ("training", "learning_rate", 10**400),
+        ("training", "decay_epochs", 0),
+        ("training", "gradient_clip", NAN),
+        ("training", "seed", -1),
+        ("training", "seed", 2**32),
+    ],
+)
+def test_bad_values_are_refused_by_flag(group, name, value):
+    """As a flag, and in a file, whose name is then told too."""
+    flag = f"--{name.replace('_', '-')} is "
+    with pytest.raises(ConfigError, match=f"^{flag}"):
+        GROUPS[group](**{name: value})
+    with pytest.raises(ConfigError, match=rf"^a/config\.json: {flag}"):
+        from_json(edited(group, name, value), "a/config.json")
+
+
+def test_fields_have_names_of_their_own():
+    """They are flags without a prefix, beside scripts/train.py's own."""
+    names = [field.name for cls in GROUPS.values() for field in dataclasses.fields(cls)]
+    names += ["preset", "workdir", "resume", "platform"]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("cls", GROUPS.values())
+def test_every_field_has_its_help_below(cls):
+    body = ast.parse(inspect.getsource(cls)).body[0].body
+    for field, text in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign):
+            assert isinstance(text, ast.Expr) and isinstance(text.value.value, str), field.target.id
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        ("training", "epochs", 60),
+        ("training", "sample_images", 0),
+        ("data", "data", "/elsewhere"),
+        ("data", "tfds_dir", "elsewhere"),
+        ("data", "memory_limit_gib", 1.0),
+        ("loss", "vgg_weights", "vgg.safetensors"),
+    ],
+)
+def test_a_resumed_run_may_change(group, name, value):
+    check_resumable(Config(), Config(**{group: GROUPS[group](**{name: value})}))
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        ("model", "hidden_channels", 64),
+        ("model", "codebook_update", "ema"),
+        ("data", "scale_percentiles", (1.0, 99.0)),
+        ("loss", "perceptual_weight", 0.0),
+        ("training", "batch_size", 16),
+        ("training", "seed", 1),
+    ],
+)
+def test_a_resumed_run_may_not_change(group, name, value):
+    with pytest.raises(ConfigError, match=f"^--{name.replace('_', '-')} "):
+        check_resumable(Config(), Config(**{group: GROUPS[group](**{name: value})}))
+
+
+def test_a_resumed_run_may_not_change_its_preset():
+    with pytest.raises(ConfigError, match=r"^--preset "):
+        check_resumable(Config(), PRESETS["demo"])
+
+
+def test_configuration_needs_no_jax():
+    script = "import sys, vqvae_jax.config; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -1,0 +1,151 @@
+"""The model and its training equal PyTorch's; against the reference itself, or its golden files without torch."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from golden import GOLDEN, SIZE, STEPS
+
+from vqvae_jax import torch_import, training
+from vqvae_jax.config import LossConfig, TrainingConfig
+from vqvae_jax.models.vqvae import VQVAE
+
+pytestmark = pytest.mark.parity
+
+TOTAL, L1, PERCEPTUAL, QUANTIZER = range(4)
+
+
+def nhwc(images):
+    return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+
+
+def tensors(record, prefix):
+    return {name.removeprefix(prefix): record[name] for name in record if name.startswith(prefix)}
+
+
+@pytest.fixture(scope="module", params=["torch", "golden"])
+def record(request):
+    """What PyTorch computes: now, and as it was written down."""
+    if request.param == "golden":
+        return dict(np.load(GOLDEN))
+    pytest.importorskip("torch")
+    from make_golden import compute  # noqa: PLC0415  (imports torch)
+
+    return compute()
+
+
+def difference(ours, theirs):
+    return float(np.max(np.abs(np.asarray(ours, np.float64) - theirs)))
+
+
+def published(record, name):
+    config, variables = torch_import.convert(tensors(record, f"{name}/state/"))
+    return config, variables
+
+
+@pytest.mark.parametrize("name", ["even", "straddling"])
+def test_an_imported_model_reconstructs_as_pytorch_does(record, name, record_property):
+    config, variables = published(record, name)
+    output = VQVAE(config.model).apply(variables, nhwc(record[f"{name}/images"]))
+    assert output.quantizer.indices.shape == record[f"{name}/codes"].shape
+    assert len(np.unique(record[f"{name}/codes"])) > 8
+    np.testing.assert_array_equal(output.quantizer.indices, record[f"{name}/codes"])
+    worst = difference(output.reconstruction, nhwc(record[f"{name}/reconstruction"]))
+    record_property("largest difference", worst)
+    assert worst < 1e-4
+    np.testing.assert_allclose(output.quantizer.loss, record[f"{name}/quantizer_loss"], rtol=1e-5)
+
+
+def test_codes_alone_decode_to_the_same_image(record):
+    config, variables = published(record, "straddling")
+    model = VQVAE(config.model)
+    vectors = model.apply(variables, record["straddling/codes"], method="lookup")
+    images = model.apply(variables, vectors, method="decode")
+    assert difference(images, nhwc(record["straddling/reconstruction"])) < 1e-4
+
+
+def training_setup(record):
+    """Configuration, state and VGG parameters that start where PyTorch's training starts."""
+    config, variables = torch_import.convert(tensors(record, "training/before/"))
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, image_size=SIZE, published_flatten=False),
+        loss=LossConfig(perceptual_weight=0.1, vgg_weights="random"),
+        training=TrainingConfig(batch_size=4, learning_rate=1e-3, gradient_clip=1.0),
+    )
+    state = training.create_train_state(config, steps_per_epoch=100)
+    params = variables.pop("params")
+    state = training.replicate(state.replace(params=params, model_state=variables))
+    vgg = training.load_vgg(config)
+    return config, state, vgg
+
+
+def ours_by_their_names(record, params):
+    """Our parameters, or gradients, as pairs with PyTorch's under the names of the state dict."""
+    before = tensors(record, "training/before/")
+    widths = torch_import._widths(before, "")
+    for name, target in torch_import._tensors(*widths):
+        if target.path[0] == "params":
+            value = params
+            for key in target.path[1:]:
+                value = value[key]
+            yield name, target, np.asarray(value)
+
+
+def test_losses_and_gradients_equal_pytorchs(record, record_property):
+    config, state, vgg = training_setup(record)
+    images = nhwc(record["training/images"])[None]
+    loss = jax.grad(training.make_loss(config), has_aux=True)
+    step = jax.pmap(loss, axis_name=training.AXIS, in_axes=(None, None, 0, None), out_axes=None)
+    gradients, (parts, counts, _) = step(state.params, state, images, vgg)
+    theirs = record["training/losses"][0]
+    for ours, expected in zip(
+        (parts.total, parts.reconstruction, parts.perceptual, parts.quantizer), theirs, strict=True
+    ):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4)
+    np.testing.assert_array_equal(counts, np.bincount(record["training/codes"].ravel(), minlength=len(counts)))
+    worst = 0.0
+    for name, target, ours in ours_by_their_names(record, gradients):
+        expected = target.convert(record[f"training/gradients/{name}"])
+        scale = np.abs(expected).max()
+        if name.endswith("bias") and "conv" in name and scale < 1e-5:
+            # Batch norm takes such a bias away again: its gradient is rounding error in both.
+            assert np.abs(ours).max() < 1e-5
+            continue
+        worst = max(worst, difference(ours, expected) / scale)
+    record_property("largest relative difference of a gradient", worst)
+    assert worst < 1e-3
+
+
+def test_five_steps_of_adam_end_at_pytorchs_parameters(record, record_property):
+    config, state, vgg = training_setup(record)
+    step = training.make_train_step(config)
+    for number in range(STEPS):
+        state, metrics = step(state, nhwc(record["training/images"])[None], vgg)
+        np.testing.assert_allclose(metrics.losses.total, record["training/losses"][number][TOTAL], rtol=1e-4)
+    worst = 0.0
+    for name, target, ours in ours_by_their_names(record, state.params):
+        if cancelled_by_batch_norm(name):
+            continue
+        worst = max(worst, difference(ours, target.convert(record[f"training/after/{name}"])))
+    record_property("largest difference of a parameter", worst)
+    assert worst < 1e-4
+
+
+def cancelled_by_batch_norm(name):
+    """A bias before a batch norm: its gradient is nothing but rounding, which Adam scales up to full steps."""
+    last = name in ("decoder.conv3.bias",) or ".attention." in name
+    return name.endswith("bias") and "conv" in name and not last
+
+
+def test_the_golden_file_is_what_the_reference_computes():
+    pytest.importorskip("torch")
+    from make_golden import compute  # noqa: PLC0415  (imports torch)
+
+    written, computed = dict(np.load(GOLDEN)), compute()
+    assert written.keys() == computed.keys()
+    for name, value in computed.items():
+        np.testing.assert_allclose(written[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+    assert Path(GOLDEN).stat().st_size < 3_000_000

@@ -1,0 +1,136 @@
+"""A real run on a tiny phantom: it learns, it can be stopped and resumed to the last bit, it stops when lost."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from vqvae_jax import checkpoint, config, trainer, training
+from vqvae_jax.errors import ConfigError, DivergenceError
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Folder that the runs of this file share; data sets and phantoms are made below it once."""
+    folder = tmp_path_factory.mktemp("trainer")
+    before = os.getcwd()
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+def tiny(**training_fields):
+    demo = config.PRESETS["demo"]
+    return dataclasses.replace(
+        demo,
+        model=dataclasses.replace(
+            demo.model, image_size=(32, 16), hidden_channels=8, embedding_dim=4, num_embeddings=32
+        ),
+        data=dataclasses.replace(demo.data, phantom_cases=6, phantom_slices=4),
+        training=dataclasses.replace(demo.training, batch_size=8, sample_images=0, **training_fields),
+    )
+
+
+def final_state(run, settings):
+    checkpoints = checkpoint.Checkpoints(run, read_only=True)
+    state, progress = checkpoints.restore(training.create_train_state(settings, 3))
+    checkpoints.close()
+    return state, progress
+
+
+def lines(run, split):
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if entry["split"] == split]
+
+
+def test_the_loss_falls_and_ssim_rises(place):
+    run = place / "learns"
+    settings = tiny(epochs=30, learning_rate=3e-3, decay_epochs=30)
+    outcome = trainer.train_and_evaluate(settings, run, log=lambda line: None)
+    train, validation = lines(run, "train"), lines(run, "validation")
+    assert [entry["epoch"] for entry in train] == list(range(1, 31))
+    assert train[-1]["l1"] < 0.7 * train[0]["l1"]
+    assert validation[-1]["ssim"] > validation[0]["ssim"] + 0.1
+    assert outcome.evaluation.summary()["ssim"] > validation[0]["ssim"]
+
+
+def stop_after(count, monkeypatch):
+    """Sends this process SIGTERM while the run takes its step number ``count``."""
+    make, taken = training.make_train_step, []
+
+    def make_counting(settings):
+        step = make(settings)
+
+        def counting(*arguments):
+            taken.append(None)
+            if len(taken) == count:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*arguments)
+
+        return counting
+
+    monkeypatch.setattr(training, "make_train_step", make_counting)
+
+
+@pytest.mark.parametrize("steps", [3, 5], ids=["after an epoch", "within an epoch"])
+def test_a_stopped_and_resumed_run_equals_one_in_one_go(place, monkeypatch, steps):
+    settings = tiny(epochs=3)
+    whole, parts = place / "whole", place / f"parts{steps}"
+    if not whole.exists():
+        trainer.train_and_evaluate(settings, whole, log=lambda line: None)
+    with monkeypatch.context() as patched:
+        stop_after(steps, patched)
+        stopped = trainer.train_and_evaluate(settings, parts, log=lambda line: None)
+    assert stopped.evaluation is None
+    assert stopped.step == steps
+    resumed = trainer.train_and_evaluate(settings, parts, resume=True, log=lambda line: None)
+    assert resumed.evaluation is not None
+    (one, one_progress), (other, other_progress) = final_state(whole, settings), final_state(parts, settings)
+    assert one_progress == other_progress
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(other))
+    for split in ("train", "validation"):
+        for entry, same in zip(lines(whole, split), lines(parts, split), strict=True):
+            timing = ("images_per_second", "input_wait")
+            assert all(same[name] == value for name, value in entry.items() if name not in timing)
+
+
+def test_a_signal_handler_is_put_back(place):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(ConfigError):
+        trainer.train_and_evaluate(tiny(epochs=1), place / "whole", log=lambda line: None)
+    with trainer._stop_signals():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_run_without_a_checkpoint_resumes_from_the_beginning(place):
+    run = place / "early"
+    run.mkdir()
+    said = []
+    trainer.train_and_evaluate(tiny(epochs=1), run, resume=True, log=said.append)
+    assert any("from the beginning" in line for line in said)
+    assert lines(run, "train")[0]["step"] == 3
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(place, monkeypatch):
+    make, run, settings = training.make_train_step, place / "lost", tiny(epochs=3)
+
+    def make_failing(settings):
+        step = make(settings)
+
+        def failing(state, images, vgg_params):
+            broken = images * np.where(int(state.step) == 4, np.nan, 1.0).astype(np.float32)
+            return step(state, broken, vgg_params)
+
+        return failing
+
+    monkeypatch.setattr(training, "make_train_step", make_failing)
+    with pytest.raises(DivergenceError, match=r"not finite at step 5 .*checkpoint is at step 3"):
+        trainer.train_and_evaluate(settings, run, log=lambda line: None)
+    state, progress = final_state(run, settings)
+    assert progress["epoch"] == 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
