@@ -42,12 +42,16 @@ def vgg_weights():
 
 
 def trained():
-    """Steps of Adam with clipping from known weights; losses of each, gradients of the first."""
-    model = new_model(seed=2, channels_last=True).train()
+    """Steps of Adam with clipping from known weights; losses of each, gradients of the first.
+
+    From most seeds the path crosses a kink of L1 or a ReLU, where PyTorch itself ends 2e-4 away when started
+    3e-8 away. From this one it ends 2e-7 away, so that a difference means something.
+    """
+    model = new_model(seed=7, channels_last=True).train()
     weights = vgg_weights()
     images = torch.rand(4, 1, *SIZE)
     found = arrays(model.state_dict().items(), "training/before/")
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     history = []
     for step in range(STEPS):
         optimizer.zero_grad()

@@ -176,12 +176,15 @@ def assert_one_line(caught, *parts):
     assert all(str(part) in str(caught.value) for part in parts)
 
 
-def test_other_shapes_are_refused(saved):
+@pytest.mark.parametrize("other", ["shapes", "names"])
+def test_another_model_is_refused(saved, capfd, other):
+    like = state(width=8) if other == "shapes" else state().replace(model_state={})
     checkpoints = Checkpoints(saved, read_only=True)
-    for restore, like in ((checkpoints.restore, state(width=8)), (checkpoints.restore_variables, {"params": {}})):
-        with pytest.raises(CheckpointError) as caught:
-            restore(like)
+    for restore in (lambda: checkpoints.restore(like), lambda: checkpoints.restore_variables(like.variables)):
+        with pytest.raises(CheckpointError, match="batch_stats/mean is ") as caught:
+            restore()
         assert_one_line(caught, saved / FOLDER)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("made", ["nothing", "run", "checkpoints"])

@@ -4,12 +4,15 @@ import gzip
 import io
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import zipfile
 
 import nibabel
 import numpy as np
 import pytest
-from conftest import TINY, run_script
+from conftest import ROOT, TINY, run_script
 
 
 def write_case(path, voxels=None):
@@ -78,6 +81,24 @@ def test_resuming_with_another_network_is_refused(tiny_run):
     place, _ = tiny_run
     done = run_script("train.py", "--resume", "--workdir", "runs/tiny", "--hidden-channels", 16, cwd=place)
     assert refused(done, "--hidden-channels", "8")
+
+
+def test_sigterm_saves_and_says_how_to_go_on(tiny_run):
+    place, _ = tiny_run
+    command = [sys.executable, ROOT / "scripts/train.py", *TINY, "--epochs", "5000", "--workdir", "runs/stopped"]
+    with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, text=True) as training:
+        while "Epoch [2/" not in training.stdout.readline():
+            assert training.poll() is None
+        training.send_signal(signal.SIGTERM)
+        rest = training.communicate(timeout=60)[0]
+    assert training.returncode == 0
+    assert "Go on with: python scripts/train.py --resume --workdir runs/stopped" in rest
+    done = run_script(
+        "train.py", "--resume", "--workdir", "runs/stopped", "--epochs", 2, "--platform", "cpu", cwd=place
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Resuming at step" in done.stdout
+    assert "Average SSIM" in done.stdout
 
 
 @pytest.mark.parametrize("damage", ["no config", "bad config", "no checkpoint", "corrupt checkpoint"])

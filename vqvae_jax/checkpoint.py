@@ -127,10 +127,13 @@ class Checkpoints:
     def _restore(self, which: Which, items: ocp.args.Composite) -> Any:
         step = self.step(which)
         others = [other for other in self._manager.all_steps() if other != step]
-        way_on = f"; remove {self.folder / str(step)} to use step {others[-1]}" if others else "; train anew"
+        folder = self.folder / str(step)
+        way_on = f"; remove {folder} to use step {others[-1]}" if others else "; train anew"
 
         def read() -> Any:
-            _check_files(self.folder / str(step), set(items.keys()))
+            # First, since Orbax's threads print tracebacks when a read fails.
+            _check_files(folder, set(items.keys()))
+            _check_shapes(folder, items["model"].item)
             return self._manager.restore(step, args=items)
 
         return self._explained(f"restored at step {step}", read, way_on)
@@ -158,6 +161,21 @@ def _check_files(folder: Path, items: set[str]) -> None:
         path = folder / name
         if name.split("/")[0] in items and not (path.is_file() and zlib.crc32(path.read_bytes()) == expected):
             raise ValueError(f"{name} is {'damaged' if path.is_file() else 'missing'}")
+
+
+def _check_shapes(folder: Path, variables: Any) -> None:
+    """Raises ValueError where a checkpoint's model has other variables than these."""
+
+    def shapes(tree: Any) -> dict[str, tuple]:
+        leaves = jax.tree.leaves_with_path(tree)
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+    stored = shapes(ocp.StandardCheckpointHandler().metadata(folder / "model").tree)
+    expected = shapes(variables)
+    for name in sorted(stored.keys() | expected.keys()):
+        if stored.get(name) != expected.get(name):
+            found, wanted = stored.get(name, "absent"), expected.get(name, "absent")
+            raise ValueError(f"{name} is {found}, but {wanted} in the model of config.json")
 
 
 def _best_metric(metrics: dict[str, float]) -> float:

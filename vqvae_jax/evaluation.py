@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tqdm
 
 from vqvae_jax import checkpoint, metrics, published, report, training, workdir
 from vqvae_jax.config import DOWNSAMPLING, Config
@@ -95,7 +96,9 @@ class Evaluator:
         counts = np.zeros(self._config.model.num_embeddings)
         rows: dict[int, SliceMetrics] = {}
         waiting: dict[tuple[int, int], list] = defaultdict(list)
-        for batch in loader.eval_batches(self._slices, self._batch_size):
+        batches = loader.eval_batches(self._slices, self._batch_size)
+        count = -(-len(self._slices) // self._batch_size)
+        for batch in tqdm.tqdm(batches, total=count, desc="Evaluating", unit="batch", leave=False, disable=None):
             images, output = self._reconstruct(variables, batch.images, batch.mask)
             counts += np.asarray(output.counts, np.float64)
             if published_protocol:

@@ -71,8 +71,9 @@ def train_and_evaluate(
       DivergenceError: the loss is no longer finite; the last good checkpoint is left.
     """
     training.check_devices(config.training.batch_size)
-    vgg_params = training.load_vgg(config)
     workdir.claim(run, resume)
+    hip_mri.check_exists(config.data)  # before fetching weights, which may take a while
+    vgg_params = training.load_vgg(config)
     trainer = Trainer(config, run, vgg_params, log)
     try:
         with _stop_signals() as stop:

@@ -135,6 +135,8 @@ def test_two_cases_cannot_be_split(tmp_path):
     [
         ("keras_slices_train/case_004_week_0_slice_10.nii.gz", None, "case_004"),
         ("sub-01/anat/T2.nii", None, "sub-01"),
+        ("batch2/sub-01/anat/sub-01_run-2_T2w.nii.gz", None, "sub-01"),
+        ("patient7/series3/T2.nii", None, "patient7"),
         ("prostatex_0001_tra.nii.gz", None, "prostatex_0001"),
         ("anna.nii.gz", None, "anna"),
         ("all/anna.nii", None, "anna"),

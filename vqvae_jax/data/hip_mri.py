@@ -161,6 +161,12 @@ def build_key(files: source.Source, config: DataConfig) -> str:
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
 
+def check_exists(config: DataConfig) -> None:
+    """Raises DataError where there is no data to prepare."""
+    if config.data != PHANTOM:
+        source.find_data(config.data)
+
+
 def prepare(config: DataConfig, phantom_size: tuple[int, int], log: Callable[[str], None] = print) -> HipMri:
     """Finds the files and builds their data set, or opens it where it was built before.
 

@@ -25,6 +25,7 @@ DEFAULT_FOLDER = Path("data")
 MAX_UNZIPPED_BYTES = 256 * 2**30
 """A zip that announces more than this is refused; the HipMRI study unzips to about 1 GB."""
 _HELD_OUT_SHARE = 0.1
+_BIDS_SUBJECT = re.compile(r"(?<![^/_])sub-[A-Za-z0-9]+")
 _HIPMRI_NAME = re.compile(r"(?P<case>case_[^_/]+)_week_(?P<week>\d+)_slice_(?P<slice>\d+)\.nii")
 
 
@@ -215,15 +216,18 @@ def _place(found: dict, path: Path, pattern: re.Pattern | None) -> tuple[bool, d
 def case_of(name: str, pattern: re.Pattern | None = None) -> str:
     """The case (patient) that a file belongs to, from its path below the data set's root.
 
-    By default ``case_<id>`` of HipMRI names; else the first folder with a digit in its name; else the file
-    name up to and with its first number (``prostatex_0001_tra.nii.gz`` -> ``prostatex_0001``); else the
-    file name. With ``pattern``: what it matches (its first group if it has one), else as above.
+    By default ``case_<id>`` of HipMRI names, or BIDS's ``sub-<label>``; else the first folder with a digit in
+    its name; else the file name up to and with its first number (``prostatex_0001_tra.nii.gz`` ->
+    ``prostatex_0001``); else the file name. With ``pattern``: what it matches (its first group if it has
+    one), else as above.
     """
     if pattern and (match := pattern.search(name)):
         return (pattern.groups and match.group(1)) or match.group()
     path = _path(name)
     if match := _HIPMRI_NAME.search(path.name):
         return match["case"]
+    if match := _BIDS_SUBJECT.search(name):
+        return match[0]
     for folder in path.parts[:-1]:
         if re.search(r"\d", folder):
             return folder

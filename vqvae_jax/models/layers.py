@@ -68,6 +68,7 @@ class Norm(nn.Module):
             use_running_average=not train,
             momentum=BATCH_NORM_MOMENTUM,
             epsilon=BATCH_NORM_EPSILON,
+            use_fast_variance=False,
             axis_name=self.axis_name,
             dtype=self.dtype,
             name="batch_norm",
