@@ -158,7 +158,7 @@ class TrainingConfig:
     gradient_clip: float = 1.0
     """Largest global norm of the gradient; 0 switches clipping off."""
     seed: int = 0
-    """The one seed: initial parameters, order of the slices, phantom."""
+    """The one seed: initial parameters, order of the slices, latents drawn for the codebook."""
     sample_images: int = 4
     """Validation slices drawn into samples/ after each epoch; 0 draws none."""
 

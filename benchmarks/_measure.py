@@ -1,0 +1,142 @@
+"""What every benchmark shares: alternating subprocesses, medians, tables, and a description of the machine."""
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vqvae_jax.config import PRESETS, ModelConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+MIB = 2**20
+_MARK = "MEASURED "
+_PACKAGES = ("jax", "flax", "torch", "grain")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Flags that every benchmark takes; ``--worker`` is how it calls itself."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    flags = argparse.ArgumentParser(description=description.partition("\n")[0], formatter_class=formatter)
+    flags.add_argument("--rounds", type=int, default=3, help="measurements of each, taken in turn")
+    flags.add_argument("--worker", help=argparse.SUPPRESS)
+    return flags
+
+
+def add_model_flags(flags: argparse.ArgumentParser) -> None:
+    """Flags of the benchmarks that run the model against PyTorch."""
+    flags.add_argument("--image-size", type=int, nargs=2, default=(256, 128))
+    flags.add_argument("--hidden-channels", type=int, default=256)
+    flags.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of JAX's convolutions")
+    flags.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+
+
+def model_config(flags: argparse.Namespace) -> ModelConfig:
+    """The hipmri preset's model with the sizes and precision of ``add_model_flags``."""
+    return dataclasses.replace(
+        PRESETS["hipmri"].model,
+        image_size=tuple(flags.image_size),
+        hidden_channels=flags.hidden_channels,
+        precision=flags.dtype,
+    )
+
+
+def alternate(
+    script: str, names: Sequence[str], rounds: int, *extra: str, **environment: str
+) -> dict[str, list[dict[str, Any]]]:
+    """Runs ``script --worker NAME`` with this process's flags, each name in turn and each in a process of its own.
+
+    Args:
+      script: the benchmark.
+      names: its workers; every other round takes them backwards.
+      rounds: how often each runs.
+      extra: more flags for them.
+      environment: changes to theirs.
+
+    Returns:
+      name -> what its workers reported, one dict a round.
+    """
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for number in range(rounds):
+        for name in names if number % 2 == 0 else reversed(names):
+            done = subprocess.run(
+                [sys.executable, script, *sys.argv[1:], *extra, "--worker", name],
+                env={**os.environ, **environment},
+                stdout=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+            reported = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
+            if done.returncode or not reported:
+                sys.exit(f"{Path(script).name} --worker {name} failed with status {done.returncode}")
+            results[name].append(json.loads(reported[-1].removeprefix(_MARK)))
+    return results
+
+
+def report(**values: Any) -> None:
+    """How a worker hands its measurements back."""
+    print(_MARK + json.dumps(values))
+
+
+def median(records: Sequence[dict[str, Any]], key: str) -> float:
+    """Median over rounds of one measurement."""
+    return statistics.median(record[key] for record in records)
+
+
+def seconds_each(call: Callable[[], Any], finish: Callable[[Any], Any], repeats: int, warm_up: int = 2) -> float:
+    """Mean seconds of ``call``, after ``warm_up`` calls; ``finish`` waits for a result, once at the end."""
+    for _ in range(warm_up):
+        finish(call())
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        result = call()
+    finish(result)
+    return (time.perf_counter() - begin) / repeats
+
+
+def peak_rss_mib() -> float:
+    """Most memory this process has had, MiB (ru_maxrss is in KiB on Linux)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def platform_of(device: str) -> dict[str, str]:
+    """Environment under which JAX uses ``device``."""
+    return {"JAX_PLATFORMS": {"cpu": "cpu", "gpu": "cuda,cpu"}[device]}
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A Markdown table, under a line that says when and on what."""
+    print(f"{datetime.date.today()}; {machine()}\n")
+    for row in (header, ["---"] * len(header), *rows):
+        print("| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row) + " |")
+
+
+def machine() -> str:
+    """Cores, CPU, GPU if one is listed, and versions."""
+    cpu = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        names = [line.split(":", 1)[1].strip() for line in information.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    try:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        gpu = ", " + subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        gpu = ""
+    versions = []
+    for name in _PACKAGES:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return f"{len(os.sched_getaffinity(0))} cores of {cpu}{gpu}; {', '.join(versions)}"

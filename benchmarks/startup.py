@@ -1,0 +1,76 @@
+"""From starting Python to the end of the first training step, with an empty and a warm compilation cache.
+
+    python benchmarks/startup.py [--preset hipmri] [--batch-size 8] [--device gpu]
+
+Each round starts two processes one after the other on one cache folder, which is empty for the first.
+The VGG16 weights are random, so that nothing is fetched; data are not read.
+"""
+
+import dataclasses
+import importlib
+import itertools
+import os
+import tempfile
+import time
+
+import _measure
+
+from vqvae_jax.config import PRESETS, LossConfig
+
+PARTS = {"imports": "import vqvae_jax.trainer", "state": "initial state", "step": "first step", "total": "total"}
+
+
+def measure(flags) -> None:
+    """One start: imports, initial state, first step. Seconds each."""
+    times = [time.perf_counter()]
+
+    def lap() -> None:
+        times.append(time.perf_counter())
+
+    importlib.import_module("vqvae_jax.trainer")
+    lap()
+    import jax  # noqa: PLC0415 - what is measured
+    import numpy as np  # noqa: PLC0415
+
+    from vqvae_jax import training  # noqa: PLC0415
+
+    config = PRESETS[flags.preset]
+    loss = LossConfig(perceptual_layer=config.loss.perceptual_layer, vgg_weights="random")
+    config = dataclasses.replace(config, loss=loss)
+    vgg = training.replicate(training.load_vgg(config))
+    state = jax.block_until_ready(training.replicate(training.create_train_state(config, 1000)))
+    lap()
+    images = np.zeros((1, flags.batch_size, *config.model.image_size, 1), np.float32)
+    jax.block_until_ready(training.make_train_step(config)(state, images, vgg))
+    lap()
+    seconds = [after - before for before, after in itertools.pairwise(times)]
+    _measure.report(**dict(zip(PARTS, [*seconds, times[-1] - times[0]], strict=True)))
+
+
+def main() -> None:
+    """Parses the flags; measures and prints the table, or is one worker."""
+    flags = _measure.parser(__doc__)
+    flags.add_argument("--preset", choices=PRESETS, default="hipmri")
+    flags.add_argument("--batch-size", type=int, default=8)
+    flags.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    flags = flags.parse_args()
+    if flags.worker:
+        return measure(flags)
+    # Everything is cached, however quickly it compiled.
+    os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+    starts: dict[str, list] = {"empty": [], "warm": []}
+    for _ in range(flags.rounds):
+        with tempfile.TemporaryDirectory() as cache:
+            environment = {"JAX_COMPILATION_CACHE_DIR": cache, **_measure.platform_of(flags.device)}
+            for records in starts.values():
+                records.extend(_measure.alternate(__file__, ["start"], 1, **environment)["start"])
+    rows = []
+    for key, name in PARTS.items():
+        empty, warm = (_measure.median(records, key) for records in starts.values())
+        rows.append((name, empty, warm, empty / warm))
+    _measure.print_table((f"{flags.preset}, batch {flags.batch_size}", "empty cache, s", "warm, s", "ratio"), rows)
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The full training step of the hipmri preset, JAX against PyTorch: images/s, peak memory, FLOP/s.
+
+    python benchmarks/train_step.py [--batch-size 8] [--device gpu --dtype bfloat16]
+
+Forward, perceptual loss at relu3_3 with random VGG16 weights, backward, clipping, Adam, on one synthetic batch.
+Contenders run in turn, each in a process of its own. ``torch`` is PyTorch eager in float32; ``torch-best`` (always
+on a GPU) adds torch.compile, bfloat16 autocast, channels_last and TF32. FLOPs are XLA's count of the unoptimised JAX
+step, taken for every contender; the share is of the fastest product of two square matrices any of them measured.
+"""
+
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+
+import _measure
+import numpy as np
+
+from vqvae_jax.config import PRESETS, Config, LossConfig
+
+MATRIX = {"cpu": 4096, "gpu": 16384}
+
+
+def configure(flags) -> Config:
+    """The hipmri preset with the flags' sizes and random VGG16 weights."""
+    preset = PRESETS["hipmri"]
+    model = _measure.model_config(flags)
+    training = dataclasses.replace(preset.training, batch_size=flags.batch_size)
+    return dataclasses.replace(preset, model=model, training=training, loss=LossConfig(vgg_weights="random"))
+
+
+def batch(flags) -> np.ndarray:
+    """The synthetic batch [B, H, W, 1] in [0, 1]."""
+    return np.random.default_rng(0).random((flags.batch_size, *flags.image_size, 1), np.float32)
+
+
+def run_jax(flags) -> None:
+    """Measures make_train_step."""
+    import jax  # noqa: PLC0415 - each worker imports one framework, so that its memory is that one's
+    import jax.numpy as jnp  # noqa: PLC0415
+
+    from vqvae_jax import training  # noqa: PLC0415
+
+    config = configure(flags)
+    vgg = training.replicate(training.load_vgg(config))
+    state = training.replicate(training.create_train_state(config, 1000))
+    images = jnp.asarray(batch(flags))[None]
+    train_step = training.make_train_step(config)
+    cost = train_step.lower(state, images, vgg).cost_analysis() or {}
+
+    def step():
+        nonlocal state
+        state, metrics = train_step(state, images, vgg)
+        return metrics
+
+    seconds = _measure.seconds_each(step, jax.block_until_ready, flags.steps)
+    device = jax.devices()[0]
+    memory = _measure.peak_rss_mib()
+    if flags.device == "gpu":
+        memory = device.memory_stats()["peak_bytes_in_use"] / _measure.MIB
+    square = jnp.ones((flags.matrix, flags.matrix), flags.dtype)
+    product = _measure.seconds_each(lambda: square @ square, jax.block_until_ready, 5)
+    _measure.report(seconds=seconds, memory=memory, product=product, flops=cost.get("flops", float("nan")))
+
+
+def run_torch(flags, best: bool) -> None:
+    """Measures the PyTorch reference, eager in float32 or at its best."""
+    import _torch  # noqa: PLC0415
+    import torch  # noqa: PLC0415
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    device = "cuda" if flags.device == "gpu" else "cpu"
+    config = configure(flags)
+    model, features = _torch.build(config.model).to(device), _torch.Features(flags.vgg).to(device)
+    images = torch.from_numpy(batch(flags)).permute(0, 3, 1, 2).contiguous().to(device)
+    loss = _torch.total_loss
+    if best:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+        model, features = (module.to(memory_format=torch.channels_last) for module in (model, features))
+        images = images.to(memory_format=torch.channels_last)
+        loss = torch.compile(loss)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.training.learning_rate, fused=best)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16, enabled=best):
+            total = loss(model, features, images, config.loss.perceptual_weight)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.gradient_clip)
+        optimizer.step()
+
+    seconds = _measure.seconds_each(step, lambda _: _torch.wait(device), flags.steps)
+    memory = torch.cuda.max_memory_allocated() / _measure.MIB if device == "cuda" else _measure.peak_rss_mib()
+    square = torch.ones((flags.matrix, flags.matrix), dtype=torch.bfloat16 if best else torch.float32, device=device)
+    product = _measure.seconds_each(lambda: square @ square, lambda _: _torch.wait(device), 5)
+    _measure.report(seconds=seconds, memory=memory, product=product)
+
+
+def save_vgg(path: Path) -> None:
+    """Writes random VGG16 weights for the PyTorch workers, which do not import JAX."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from vqvae_jax.models import vgg16  # noqa: PLC0415 - after the choice of platform
+
+    params = vgg16.random_variables("relu3_3")["params"]
+    np.savez(path, **{f"{name}_{kind}": value for name, both in params.items() for kind, value in both.items()})
+
+
+def print_results(flags, results: dict[str, list[dict]]) -> None:
+    """The table, and what its numbers were taken from."""
+    flops = _measure.median(results["jax"], "flops")
+    fastest = 2 * flags.matrix**3 / min(record["product"] for records in results.values() for record in records)
+    jax_seconds = _measure.median(results["jax"], "seconds")
+    rows = []
+    for name, records in results.items():
+        seconds = _measure.median(records, "seconds")
+        label = f"{name} {flags.dtype}" if name == "jax" else name
+        memory, speed = f"{_measure.median(records, 'memory'):.0f}", flops / seconds
+        rows.append(
+            (label, flags.batch_size / seconds, seconds / jax_seconds, memory, f"{speed / 1e9:.0f}", speed / fastest)
+        )
+    header = ("contender", "images/s", "JAX is faster by", "peak memory, MiB", "GFLOP/s", "of a product's")
+    _measure.print_table(header, rows)
+    size = " x ".join(map(str, flags.image_size))
+    print(
+        f"\nBatch {flags.batch_size} of {size}, {flags.hidden_channels} channels; medians of {flags.rounds} rounds. "
+        f"A step is {flops / 1e9:.0f} GFLOP; a {flags.matrix}-square product reached {fastest / 1e9:.0f} GFLOP/s."
+    )
+
+
+def main() -> None:
+    """Parses the flags; measures everyone and prints the table, or is one worker."""
+    flags = _measure.parser(__doc__)
+    _measure.add_model_flags(flags)
+    flags.add_argument("--batch-size", type=int, default=8)
+    flags.add_argument("--steps", type=int, default=3, help="steps in one measurement, after two to warm up")
+    flags.add_argument("--against", nargs="+", choices=("torch", "torch-best"))
+    flags.add_argument("--matrix", type=int, help="side of the matrices whose product is the yardstick")
+    flags.add_argument("--vgg", help="VGG16 weights for the workers; the script makes them")
+    flags = flags.parse_args()
+    flags.matrix = flags.matrix or MATRIX[flags.device]
+    if flags.worker:
+        return run_jax(flags) if flags.worker == "jax" else run_torch(flags, flags.worker == "torch-best")
+    names = ["jax", *(flags.against or (["torch"] if flags.device == "cpu" else ["torch", "torch-best"]))]
+    with tempfile.TemporaryDirectory() as folder:
+        save_vgg(path := Path(folder) / "vgg.npz")
+        where = _measure.platform_of(flags.device)
+        results = _measure.alternate(__file__, names, flags.rounds, "--vgg", str(path), **where)
+    return print_results(flags, results)
+
+
+if __name__ == "__main__":
+    main()
