@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from typing import Literal
@@ -38,13 +39,14 @@ def use_platform(platform: Platform) -> None:
 
 def run(main: Callable[[], int]) -> None:
     """Runs a command and exits: 0 if done, 2 with one line on stderr for what its user can mend."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is half-made is cleaned up
     try:
         status = main()
     except VQVAEError as error:
         status = _complain(str(error), USER_ERROR)
     except KeyboardInterrupt:
-        status = _complain("interrupted; what was finished is kept", INTERRUPTED)
+        status = _complain("interrupted; run it again, with --resume if training had begun", INTERRUPTED)
     except (OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
         explained = _explain(error)
         if explained is None:

@@ -10,6 +10,7 @@ import _command
 import tyro
 
 from vqvae_jax import config, evaluation, trainer, workdir
+from vqvae_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class Flags:
 
 def _parse() -> tuple[Flags, Path]:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--preset", choices=config.PRESETS)
+    early.add_argument("--preset")
     early.add_argument("--workdir", type=Path)
     early.add_argument("--resume", action="store_true")
     known, _ = early.parse_known_args()
@@ -35,7 +36,10 @@ def _parse() -> tuple[Flags, Path]:
         run = known.workdir or workdir.newest()
         base = workdir.load_config(run)
     else:
-        base = config.PRESETS[known.preset or "hipmri"]
+        preset = known.preset or "hipmri"
+        if preset not in config.PRESETS:
+            raise ConfigError(f"--preset {preset}: no such preset; there are {', '.join(config.PRESETS)}")
+        base = config.PRESETS[preset]
         run = known.workdir or workdir.RUNS / f"{base.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     flags = tyro.cli(
         Flags,

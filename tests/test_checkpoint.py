@@ -11,8 +11,9 @@ import optax
 import pytest
 
 from vqvae_jax import training
-from vqvae_jax.checkpoint import FOLDER, Checkpoints
+from vqvae_jax.checkpoint import Checkpoints
 from vqvae_jax.errors import CheckpointError
+from vqvae_jax.workdir import CHECKPOINTS
 
 ADAM = optax.adam(1e-3)
 PROGRESS = {"epoch": 3, "steps_in_epoch": 7, "loader": {"position": [1, 2]}, "sums": {"loss": 0.1 + 0.2}}
@@ -45,7 +46,7 @@ def save(checkpoints, step, ssim, progress=PROGRESS):
 
 
 def steps_on_disk(run):
-    return sorted(int(path.name) for path in (run / FOLDER).iterdir())
+    return sorted(int(path.name) for path in (run / CHECKPOINTS).iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_restores_every_bit(saved, which, step):
 @pytest.mark.parametrize(("which", "step"), [("newest", 2), ("best", 1)])
 def test_variables_are_restored_without_the_optimizer(saved, tmp_path, which, step):
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / FOLDER / str(step) / "optimizer")
+    shutil.rmtree(tmp_path / CHECKPOINTS / str(step) / "optimizer")
     found, progress = Checkpoints(tmp_path, read_only=True).restore_variables(state().variables, which)
     assert_identical(found, state(step).variables)
     assert progress == PROGRESS
@@ -152,11 +153,11 @@ DAMAGE = {
 @pytest.mark.parametrize("item", ["model", "optimizer"])
 def test_damaged_arrays_are_refused(saved, tmp_path, capfd, item, damage):
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
-    DAMAGE[damage](data_files(tmp_path / FOLDER / "2" / item)[0])
+    DAMAGE[damage](data_files(tmp_path / CHECKPOINTS / "2" / item)[0])
     checkpoints = Checkpoints(tmp_path, read_only=True)
     with pytest.raises(CheckpointError) as caught:
         checkpoints.restore(state(), "newest")
-    assert_one_line(caught, tmp_path / FOLDER, "step 2", "to use step 1")
+    assert_one_line(caught, tmp_path / CHECKPOINTS, "step 2", "to use step 1")
     assert "Traceback" not in capfd.readouterr().err
     assert_identical(checkpoints.restore(state(), "best")[0], state(1))  # the other is untouched
 
@@ -165,10 +166,10 @@ def test_damaged_arrays_are_refused(saved, tmp_path, capfd, item, damage):
 @pytest.mark.parametrize("damage", ["cut short", "empty"])
 def test_damaged_descriptions_are_refused(saved, tmp_path, name, damage):
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
-    DAMAGE[damage](tmp_path / FOLDER / "2" / name)
+    DAMAGE[damage](tmp_path / CHECKPOINTS / "2" / name)
     with pytest.raises(CheckpointError) as caught:
         Checkpoints(tmp_path, read_only=True).restore(state(), "newest")
-    assert_one_line(caught, tmp_path / FOLDER)
+    assert_one_line(caught, tmp_path / CHECKPOINTS)
 
 
 def assert_one_line(caught, *parts):
@@ -183,7 +184,7 @@ def test_another_model_is_refused(saved, capfd, other):
     for restore in (lambda: checkpoints.restore(like), lambda: checkpoints.restore_variables(like.variables)):
         with pytest.raises(CheckpointError, match="batch_stats/mean is ") as caught:
             restore()
-        assert_one_line(caught, saved / FOLDER)
+        assert_one_line(caught, saved / CHECKPOINTS)
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -191,11 +192,11 @@ def test_another_model_is_refused(saved, capfd, other):
 def test_reading_where_nothing_was_saved_creates_nothing(tmp_path, made):
     run = tmp_path / "run"
     if made != "nothing":
-        (run / FOLDER if made == "checkpoints" else run).mkdir(parents=True)
+        (run / CHECKPOINTS if made == "checkpoints" else run).mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(CheckpointError) as caught:
         Checkpoints(run, read_only=True).restore(state())
-    assert_one_line(caught, run / FOLDER)
+    assert_one_line(caught, run / CHECKPOINTS)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -211,7 +212,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "run").write_text("a file where the folder should be")
     with pytest.raises(CheckpointError) as caught:
         Checkpoints(tmp_path / "run")
-    assert_one_line(caught, tmp_path / "run" / FOLDER)
+    assert_one_line(caught, tmp_path / "run" / CHECKPOINTS)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -219,4 +220,12 @@ def test_an_unwritable_folder_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(CheckpointError) as caught:
         Checkpoints(tmp_path)
-    assert_one_line(caught, tmp_path / FOLDER)
+    assert_one_line(caught, tmp_path / CHECKPOINTS)
+
+
+def test_a_checkpoint_with_damaged_metrics_is_named(tmp_path):
+    metrics = tmp_path / "checkpoints/3/metrics/metrics"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text("{")
+    with pytest.raises(CheckpointError, match=r"metrics: is damaged; remove .*checkpoints/3 "):
+        Checkpoints(tmp_path, read_only=True)

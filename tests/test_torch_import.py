@@ -11,7 +11,7 @@ from skimage.metrics import structural_similarity
 from skimage.transform import resize
 
 from vqvae_jax import torch_import, workdir
-from vqvae_jax.errors import WeightsError
+from vqvae_jax.errors import ConfigError, WeightsError
 
 torch = pytest.importorskip("torch")
 from torch_reference import VQVAE, randomise  # noqa: E402  (imports torch)
@@ -138,3 +138,25 @@ def test_a_run_is_not_overwritten(imported):
     done = run_script("import_torch.py", "--checkpoint", "vqvae_hipmri.pth", "--workdir", "runs/imported", cwd=place)
     assert done.returncode == 2
     assert "already holds a run" in done.stderr
+
+
+def test_an_imported_run_can_be_trained_on(imported):
+    place, _ = imported
+    flags = ("--platform", "cpu", "--data", "set", "--epochs", 1, "--vgg-weights", "random")
+    done = run_script("train.py", "--resume", "--workdir", "runs/imported", *flags, cwd=place)
+    assert done.returncode == 2
+    assert "--batch-size 4" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_checkpoints_of_another_run_are_not_taken_for_the_new_ones(imported, tmp_path):
+    place, _ = imported
+    (tmp_path / "run/checkpoints/3").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds another run's checkpoints"):
+        torch_import.import_run(place / "vqvae_hipmri.pth", tmp_path / "run")
+
+
+def test_a_tensor_that_is_not_dense_is_refused(tmp_path):
+    torch.save({"encoder.conv1.weight": torch.eye(3).to_sparse()}, tmp_path / "wrong.pth")
+    with pytest.raises(WeightsError, match=r"encoder\.conv1\.weight cannot be read"):
+        torch_import.read_state_dict(tmp_path / "wrong.pth")

@@ -135,3 +135,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkp
     state, progress = final_state(run, settings)
     assert progress["epoch"] == 1
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_a_run_is_not_resumed_on_other_data(place):
+    settings = tiny(epochs=3)
+    more = dataclasses.replace(settings, data=dataclasses.replace(settings.data, phantom_slices=5))
+    with pytest.raises(ConfigError, match="--data has 30 training slices, but the run was trained on 24"):
+        trainer.train_and_evaluate(more, place / "whole", resume=True, log=lambda line: None)

@@ -16,13 +16,15 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from vqvae_jax import workdir
 from vqvae_jax.errors import CheckpointError
 from vqvae_jax.training import TrainState
 
-FOLDER = "checkpoints"
 BEST_METRIC = "ssim"
 CHECKSUMS = "crc32.json"
 """File of a checkpoint with the CRC-32 of the others: Orbax reads a flipped byte as another number."""
+
+_FREE_SPACE = "; free space if the disk is full, and go on with --resume"
 
 Which = Literal["best", "newest"]
 
@@ -31,18 +33,19 @@ class Checkpoints:
     """The checkpoints of a run.
 
     Args:
-      workdir: the run's folder.
+      run: the run's folder.
       read_only: never create or delete anything.
 
     Raises:
       CheckpointError: reading, and nothing is there; or writing, and the folder cannot be made.
     """
 
-    def __init__(self, workdir: Path, *, read_only: bool = False):
-        self.folder = workdir.absolute() / FOLDER
+    def __init__(self, run: Path, *, read_only: bool = False):
+        self.folder = run.absolute() / workdir.CHECKPOINTS
         # Opening a manager creates its folder, even one for reading.
         if read_only and not self.folder.is_dir():
             raise CheckpointError(f"{self.folder}: no checkpoints; has scripts/train.py run here for an epoch?")
+        self._check_metrics()
         policy = preservation_policy.AnyPreservationPolicy(
             [
                 preservation_policy.LatestN(1),
@@ -57,6 +60,16 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         self._manager = self._explained("opened", lambda: ocp.CheckpointManager(self.folder, options=options))
+
+    def _check_metrics(self) -> None:
+        """Names the checkpoint whose metrics are damaged; Orbax would not open any of them."""
+        for path in sorted(self.folder.glob("[0-9]*/metrics/metrics")):
+            try:
+                json.loads(path.read_text())[BEST_METRIC]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(
+                    f"{path}: is damaged; remove {path.parents[1]} to use the run's other checkpoint"
+                ) from error
 
     def save(self, state: TrainState, progress: dict[str, Any], ssim: float | None) -> None:
         """Starts saving in the background. Saving a step that is already there does nothing.
@@ -74,11 +87,11 @@ class Checkpoints:
         )
         # Saved between two evaluations: never the best.
         metrics = {BEST_METRIC: -1.0 if ssim is None or math.isnan(ssim) else ssim}
-        self._explained("written", lambda: self._manager.save(step, args=items, metrics=metrics))
+        self._explained("written", lambda: self._manager.save(step, args=items, metrics=metrics), _FREE_SPACE)
 
     def wait(self) -> None:
         """Returns once everything is on disk. Raises CheckpointError if it could not be written."""
-        self._explained("written", self._manager.wait_until_finished)
+        self._explained("written", self._manager.wait_until_finished, _FREE_SPACE)
 
     def empty(self) -> bool:
         """Whether nothing was saved yet."""
@@ -122,7 +135,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the last save and ends Orbax's threads."""
-        self._explained("written", self._manager.close)
+        self._explained("written", self._manager.close, _FREE_SPACE)
 
     def _restore(self, which: Which, items: ocp.args.Composite) -> Any:
         step = self.step(which)

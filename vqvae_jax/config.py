@@ -98,7 +98,8 @@ class DataConfig:
     """Axis along which a volume is cut into slices; -1 is the last."""
     case_pattern: str | None = None
     """Regular expression found in a file's path below --data; what it matches names the patient, who is
-    kept within one split. By default: the file name up to its first number."""
+    kept within one split. By default: case_<id> of HipMRI names, BIDS's sub-<label>, else the first folder with a
+    number in its name, else the file name up to its first number."""
     on_bad_file: Literal["error", "skip"] = "error"
     """Whether files that cannot be read stop the run or are listed and left out."""
     fit: Literal["pad-crop", "resize"] = "pad-crop"

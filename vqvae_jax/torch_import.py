@@ -73,7 +73,15 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     for key, value in found.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise WeightsError(f"{path}: {key} is not a tensor but a {type(value).__name__}; not a state dict")
-    return {key: value.to(torch.float32).numpy() for key, value in found.items()}
+    return {key: _to_numpy(key, value, path) for key, value in found.items()}
+
+
+def _to_numpy(key: str, value: Any, path: Path) -> np.ndarray:
+    try:
+        return value.float().numpy()
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise WeightsError(f"{path}: {key} cannot be read as float32 ({reason})") from error
 
 
 def convert(tensors: dict[str, np.ndarray], source: str | Path = "the state dict") -> tuple[Config, dict[str, Any]]:

@@ -17,7 +17,7 @@ import tqdm
 from vqvae_jax import checkpoint, evaluation, logs, training, workdir
 from vqvae_jax.config import Config
 from vqvae_jax.data import hip_mri, loader
-from vqvae_jax.errors import CheckpointError, DivergenceError
+from vqvae_jax.errors import CheckpointError, ConfigError, DivergenceError
 from vqvae_jax.models import vgg_weights
 
 _STEPS_IN_FLIGHT = 2
@@ -34,10 +34,14 @@ class Outcome:
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run is: what a checkpoint holds beside the arrays. ``sums`` are over the epoch so far."""
+    """Where a run is: what a checkpoint holds beside the arrays.
+
+    ``slices`` is the number of training slices (0 where a model was imported), ``sums`` are over the epoch so far.
+    """
 
     epoch: int = 0
     steps_in_epoch: int = 0
+    slices: int = 0
     loader: dict[str, Any] = dataclasses.field(default_factory=dict)
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -82,6 +86,10 @@ def train_and_evaluate(
             trainer.run(stop)
             if stop:
                 return Outcome(trainer.step, None)
+    except OSError as error:
+        raise CheckpointError(
+            f"--workdir {run}: cannot be written ({error}); free space and go on with --resume"
+        ) from error
     finally:
         trainer.close()
     return Outcome(trainer.step, evaluation.evaluate_run(run, log=_quiet))
@@ -106,7 +114,8 @@ class Trainer:
         self._vgg_params = training.replicate(vgg_params)
         self._state = training.create_train_state(config, self._loader.steps_per_epoch)
         self._train_step = training.make_train_step(config)
-        self._progress = Progress()
+        self._progress = Progress(slices=len(train))
+        self._slices = len(train)
         self._checkpoints = checkpoint.Checkpoints(run)
         self._metrics: logs.MetricsLog | None = None
         self._compiled = False
@@ -138,10 +147,21 @@ class Trainer:
         elif resume:
             self._state, values = self._checkpoints.restore(self._state, "newest")
             self._progress = Progress(**values)
-            self._loader.set_state(self._progress.loader)
+            self._check_slices()
+            if self._progress.loader:  # empty where the model was imported
+                self._loader.set_state(self._progress.loader)
             self._log(f"Resuming at step {self.step}, epoch {self._progress.epoch + 1}")
         self._state = training.replicate(self._state)
         self._metrics = logs.MetricsLog(self._run, self.step)
+
+    def _check_slices(self) -> None:
+        before = self._progress.slices
+        if before not in (0, self._slices):
+            raise ConfigError(
+                f"--data has {self._slices} training slices, but the run was trained on {before}; "
+                "give the data it was started with, or start another run"
+            )
+        self._progress.slices = self._slices
 
     def run(self, stop: list[int]) -> None:
         """Trains until the last epoch is done or ``stop`` holds a signal."""

@@ -8,6 +8,7 @@ from vqvae_jax.errors import CheckpointError, ConfigError
 
 RUNS = Path("runs")
 CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
 EVAL = "eval"
@@ -24,10 +25,13 @@ def claim(workdir: Path, resume: bool) -> None:
     """Makes sure that a run may be written to a folder, before any long work.
 
     Raises:
-      ConfigError: it holds a run and ``resume`` is not set, or cannot be written.
+      ConfigError: it holds a run, or a run's checkpoints, and ``resume`` is not set; or it cannot be written.
     """
     if (workdir / CONFIG).exists() and not resume:
         raise ConfigError(f"--workdir {workdir} already holds a run; add --resume to go on with it, or choose another")
+    checkpoints = workdir / CHECKPOINTS
+    if not resume and checkpoints.is_dir() and any(checkpoints.iterdir()):
+        raise ConfigError(f"{checkpoints} holds another run's checkpoints; remove it, or choose another --workdir")
     probe = workdir / ".writable"
     try:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,7 @@ def find_data(path: str | None) -> Path:
 def _where_to_get_data() -> str:
     return (
         f"put the HipMRI slices at {DEFAULT_FOLDER / DEFAULT_NAME}[.zip], give --data a zip or a folder of "
-        ".nii or .nii.gz files, or try --preset demo, which makes its own"
+        ".nii or .nii.gz files, or train with --preset demo, which makes its own"
     )
 
 

@@ -131,7 +131,7 @@ class EMAVectorQuantizer(VectorQuantizer):
       axis_name: the pmapped axis whose devices share one codebook; None on one device.
     """
 
-    decay: float = 0.99
+    decay: float = 0.97
     axis_name: str | None = None
 
     def setup(self):
