@@ -4,6 +4,7 @@ import errno
 import logging
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Literal
 
@@ -39,7 +40,10 @@ def use_platform(platform: Platform) -> None:
 
 def run(main: Callable[[], int]) -> None:
     """Runs a command and exits: 0 if done, 2 with one line on stderr for what its user can mend."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # What fails in Orbax's threads is raised again where it is waited for, and said in one line there.
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    threading.excepthook = lambda failure: None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is half-made is cleaned up
     try:
         status = main()
