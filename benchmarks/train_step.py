@@ -64,8 +64,7 @@ def run_torch(flags, best: bool) -> None:
     import torch  # noqa: PLC0415
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    device = "cuda" if flags.device == "gpu" else "cpu"
-    config = configure(flags)
+    device, config = "cuda" if flags.device == "gpu" else "cpu", configure(flags)
     model, features = _torch.build(config.model).to(device), _torch.Features(flags.vgg).to(device)
     images = torch.rand((flags.batch_size, 1, *flags.image_size), device=device)
     loss = _torch.total_loss
@@ -115,13 +114,12 @@ def print_results(flags, results: dict[str, list[dict]]) -> None:
     """The table, and what its numbers were taken from."""
     flops = _measure.median(results["jax"], "flops")
     fastest = _fastest_products(flags, results)
-    jax_seconds = _measure.median(results["jax"], "seconds")
     rows = []
     for name, records in results.items():
         seconds, dtype = _measure.median(records, "seconds"), records[0]["dtype"]
         memory, share = f"{_measure.median(records, 'memory'):.0f}", f"{flops / seconds / fastest[dtype]:.0%}"
-        speed = f"{flops / seconds / 1e9:.0f}"
-        rows.append((name, dtype, flags.batch_size / seconds, seconds / jax_seconds, memory, speed, share))
+        ratio, speed = seconds / _measure.median(results["jax"], "seconds"), f"{flops / seconds / 1e9:.0f}"
+        rows.append((name, dtype, flags.batch_size / seconds, ratio, memory, speed, share))
     header = ("contender", "type", "images/s", "JAX is faster by", "peak memory, MiB", "GFLOP/s", "of a product's")
     _measure.print_table(header, rows)
     products = ", ".join(f"{dtype} {speed / 1e9:.0f}" for dtype, speed in fastest.items())
@@ -145,8 +143,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_vgg(path := Path(folder) / "vgg.npz")
         where = _measure.platform_of(flags.device)
-        results = _measure.alternate(__file__, names, flags.rounds, "--vgg", str(path), **where)
-    return print_results(flags, results)
+        return print_results(flags, _measure.alternate(__file__, names, flags.rounds, "--vgg", str(path), **where))
 
 
 if __name__ == "__main__":
