@@ -1,9 +1,10 @@
 """Finds, fetches, checks and reads the weights of `vgg16.VGG16`."""
 
+import errno
 import hashlib
-import json
 import os
 import queue
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Collection
@@ -22,7 +23,7 @@ RANDOM = "random"
 AUTO = "auto"
 """Stand for untrained weights and for torchvision's, where a file is expected."""
 
-# torchvision's IMAGENET1K_V1 weights as safetensors, licence BSD-3. Only what a layer needs is fetched.
+# torchvision's IMAGENET1K_V1 weights as safetensors, licence BSD-3. Only what a layer needs is kept.
 REPOSITORY = "timm/vgg16.tv_in1k"
 FILE = "model.safetensors"
 REVISION = "3394518cba29aee1ea82a49d971be90d2dd1dab7"
@@ -43,7 +44,6 @@ KERAS_NAMES = (
     ("{0}/kernel:0", "{0}/bias:0"),
 )
 
-LARGEST_HEADER = 1 << 20
 PIECE = 1 << 16
 """Bytes; a server must send as many within the time limit."""
 
@@ -81,7 +81,8 @@ def load(weights: str | Path, layer: str) -> Variables:
     if not path.is_file():
         raise WeightsError(f"{path}: expected VGG16 weights, found no file; mend --vgg-weights")
     try:
-        _check_sum(path)
+        if path.name in CHECKSUMS:
+            _check_digest(path, *CHECKSUMS[path.name])
         return _READERS.get(path.suffix.lower(), _read_safetensors)(path, needed)
     except _Unusable as error:
         advice = "delete it, and it is fetched again" if weights == AUTO else error.advice
@@ -89,18 +90,18 @@ def load(weights: str | Path, layer: str) -> Variables:
 
 
 def cached(layer: str) -> Path:
-    """A safetensors file of torchvision's weights that reaches `layer`, fetched if this is the first time.
+    """A safetensors file of torchvision's weights that reaches `layer`, made if this is the first time.
 
-    It lies in $XDG_CACHE_HOME/vqvae_jax (by default ~/.cache/vqvae_jax) and is replaced as a whole or not at all.
-    Fetching takes byte ranges out of the Hub's 554 MB: 7 MB down to relu3_3, 59 MB down to relu5_3. Checked are
-    the pinned revision's header, the file's length by that header, each range's place and length, and each
-    tensor's type, shape and finite values. The bytes themselves are vouched for by TLS alone: the Hub's checksum
-    is of the whole file. HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN mean what they do elsewhere.
+    It lies in $XDG_CACHE_HOME/vqvae_jax (by default ~/.cache/vqvae_jax) and is replaced as a whole or not at all:
+    7 MB down to relu3_3, 59 MB down to relu5_3. It is cut from the Hub's file of 554 MB at the pinned revision:
+    from huggingface_hub's own cache if that has it, else downloaded, and deleted once cut. The 554 MB must have the
+    sha256 that the Hub announces, and each tensor its type, shape and finite values. HF_ENDPOINT, HF_HUB_OFFLINE,
+    HF_HOME and HF_TOKEN mean what they do elsewhere.
 
     Raises:
       ConfigError: the layer is unknown.
-      WeightsError: the file can be neither found nor fetched; after HF_HUB_DOWNLOAD_TIMEOUT seconds (10 by
-        default) in which less than PIECE arrives, that is given up.
+      WeightsError: the file can be neither found nor fetched or written; after HF_HUB_DOWNLOAD_TIMEOUT seconds (10
+        by default) in which less than PIECE arrives, fetching is given up.
     """
     needed = vgg16.up_to(layer, CACHED_LAYER)
     last = list(needed.values())[-1].name
@@ -108,118 +109,104 @@ def cached(layer: str) -> Path:
     path = root / "vqvae_jax" / f"vgg16-tv_in1k-{REVISION[:8]}-to-{last}.safetensors"
     if path.is_file():
         return path
-    from safetensors.numpy import save  # noqa: PLC0415 - only for those who load weights
-
-    content = save(_fetch(needed, last), {"source": f"https://huggingface.co/{REPOSITORY}, revision {REVISION}"})
     try:
-        _write_atomically(path, content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            unfinished = Path(folder) / path.name
+            _fetch(Path(folder) / FILE, unfinished, needed)
+            unfinished.replace(path)
     except OSError as error:
-        raise WeightsError(f"{path}: cannot be written ({error}); set XDG_CACHE_HOME to a folder that can") from error
+        raise WeightsError(
+            f"{path}: cannot be written ({error}); set XDG_CACHE_HOME to a folder that can, with 600 MB free"
+        ) from error
     return path
 
 
-def _fetch(needed: dict[str, Convolution], last: str) -> dict[str, np.ndarray]:
-    """The convolutions' tensors under torchvision's names, float32, checked."""
+def _fetch(download: Path, path: Path, needed: dict[str, Convolution]) -> None:
+    """Writes the tensors that are needed to ``path``, from huggingface_hub's cache or by way of ``download``."""
     import huggingface_hub  # noqa: PLC0415 - only for those who fetch
-    import tqdm  # noqa: PLC0415
+    from safetensors import safe_open  # noqa: PLC0415
+    from safetensors.numpy import save_file  # noqa: PLC0415
 
     url = huggingface_hub.hf_hub_url(REPOSITORY, FILE, revision=REVISION)
+    found = huggingface_hub.try_to_load_from_cache(REPOSITORY, FILE, revision=REVISION)
     try:
-        start, header = _fetch_header(url)
-        _check_keys(header, needed)
-        entries = {key: header[key] for conv in needed.values() for key in _torchvision_keys(conv)}
-        size = sum(end - begin for begin, end in (entry["data_offsets"] for entry in entries.values()))
-        print(f"Fetching VGG16's weights down to {last} ({size / 1e6:.0f} MB) from {url}")
-        tensors = {}
-        with tqdm.tqdm(total=size, unit="B", unit_scale=True, desc="VGG16", leave=False, disable=None) as bar:
-            for key, entry in entries.items():
-                if entry["dtype"] != "F32":
-                    raise _Unusable(f"expected {key} as F32, found {entry['dtype']}")
-                values, _ = _fetch_range(url, *(start + offset for offset in entry["data_offsets"]))
-                tensors[key] = np.frombuffer(values, "<f4").reshape(entry["shape"])
-                bar.update(len(values))
-        _from_torchvision(tensors, tensors.get, needed)
-        return tensors
-    # Beside our own: the HTTP library's errors, whose names depend on huggingface_hub's version; and whatever
-    # reading a malformed header raises.
+        if isinstance(found, str):
+            download = Path(found)
+            expected = download.resolve().name  # as that cache names its files, where it can make links
+        else:
+            expected = _download(url, download)
+        if download.name != expected:
+            _check_digest(download, "sha256", expected)
+        _read_safetensors(download, needed)
+        keys = [key for conv in needed.values() for key in _torchvision_keys(conv)]
+        with safe_open(download, framework="numpy") as file:
+            tensors = {key: file.get_tensor(key) for key in keys}
+    # Beside our own: the HTTP library's errors, whose names depend on huggingface_hub's version.
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         reason = " ".join(str(error).replace(url, FILE).split()) or type(error).__name__
         raise WeightsError(f"--vgg-weights auto: cannot fetch {url} ({reason}); {_WAYS_ON}") from error
+    save_file(tensors, path, {"source": f"https://huggingface.co/{REPOSITORY}, revision {REVISION}"})
 
 
-def _fetch_header(url: str) -> tuple[int, dict]:
-    """Where a safetensors file's data starts, and name -> {"dtype", "shape", "data_offsets"}."""
-    length, total = _fetch_range(url, 0, 8)
-    start = 8 + int.from_bytes(length, "little")
-    if start > LARGEST_HEADER:
-        raise _Unusable("expected safetensors, found no header of it")
-    header = json.loads(_fetch_range(url, 8, start)[0])
-    header.pop("__metadata__", None)
-    expected = start + max(entry["data_offsets"][1] for entry in header.values())
-    if total != expected:
-        raise _Unusable(f"expected {expected} bytes by its header, found {total}")
-    return start, header
+def _download(url: str, path: Path) -> str:
+    """Writes what is at ``url`` to ``path``; returns the sha256 that the Hub announces for it.
 
-
-def _fetch_range(url: str, begin: int, end: int) -> tuple[bytes, int]:
-    """Bytes [begin, end) of what is at ``url``, and how long all of it is.
-
-    A thread waits for them, since the HTTP library's own limits cover neither name resolution, nor what
+    A thread waits for it, since the HTTP library's own limits cover neither name resolution, nor what
     huggingface_hub asks beside, nor a server that sends byte by byte.
     """
-    from huggingface_hub import constants  # noqa: PLC0415 - only for those who fetch
+    import tqdm  # noqa: PLC0415 - only for those who fetch
+    from huggingface_hub import constants, get_hf_file_metadata  # noqa: PLC0415
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # noqa: PLC0415
 
     limit = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    wanted = f"bytes {begin}-{end - 1}"
     arrived: queue.SimpleQueue = queue.SimpleQueue()
 
     def receive() -> None:
         try:
-            headers = {**build_hf_headers(), "Range": wanted.replace(" ", "="), "Accept-Encoding": "identity"}
+            arrived.put(get_hf_file_metadata(url, timeout=limit))
+            headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
             with get_session().stream("GET", url, headers=headers, timeout=limit, follow_redirects=True) as response:
                 hf_raise_for_status(response)
-                found, _, total = response.headers.get("Content-Range", "no range").partition("/")
-                if found != wanted:
-                    raise _Unusable(f"expected {wanted}, found {found}")
-                arrived.put(int(total))
                 for piece in response.iter_bytes(PIECE):
                     arrived.put(piece)
             arrived.put(None)
         except Exception as error:
             arrived.put(error)
 
+    def next_arrival() -> Any:
+        try:
+            item = arrived.get(timeout=limit)
+        except queue.Empty:
+            message = f"less than {PIECE} bytes in {limit} s, the limit HF_HUB_DOWNLOAD_TIMEOUT sets"
+            raise TimeoutError(message) from None
+        if isinstance(item, Exception):
+            raise item
+        return item
+
     threading.Thread(target=receive, daemon=True).start()
-    items = []
-    try:
-        while (item := arrived.get(timeout=limit)) is not None:
-            if isinstance(item, Exception):
-                raise item
-            items.append(item)
-    except queue.Empty:
-        raise TimeoutError(f"less than {PIECE} bytes in {limit} s, the limit HF_HUB_DOWNLOAD_TIMEOUT sets") from None
-    total, *pieces = items
-    content = b"".join(pieces)
-    if len(content) != end - begin:
-        raise _Unusable(f"expected {wanted}, found {len(content)} bytes")
-    return content, total
+    announced = next_arrival()
+    if not re.fullmatch("[0-9a-f]{64}", announced.etag or ""):
+        raise _Unusable(f"expected the Hub to announce a sha256, found {announced.etag!r}")
+    size = announced.size or 0
+    print(f"Fetching VGG16's weights once, to keep the few that are needed ({size / 1e6:.0f} MB), from {url}")
+    with (
+        path.open("wb") as file,
+        tqdm.tqdm(total=size, unit="B", unit_scale=True, desc="VGG16", leave=False, disable=None) as bar,
+    ):
+        while (piece := next_arrival()) is not None:
+            file.write(piece)
+            bar.update(len(piece))
+    return announced.etag
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        unfinished = Path(folder) / path.name
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-
-
-def _check_sum(path: Path) -> None:
-    if path.name in CHECKSUMS:
-        kind, expected = CHECKSUMS[path.name]
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, kind).hexdigest()
-        if found != expected:
-            raise _Unusable(f"expected {kind} {expected}, found {found}", "fetch the file again")
+def _check_digest(path: Path, kind: str, expected: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, kind).hexdigest()
+    if found != expected:
+        raise _Unusable(f"expected {kind} {expected}, found {found}", "fetch the file again")
 
 
 def _read_safetensors(path: Path, needed: dict[str, Convolution]) -> Variables:
