@@ -135,8 +135,8 @@ class LossConfig:
     perceptual_layer: str = "relu3_3"
     """VGG16 layer whose features are compared (relu1_1 to relu5_3)."""
     vgg_weights: str = "auto"
-    """Trained VGG16: "auto" for torchvision's (554 MB downloaded once, 7 MB kept), or a file: safetensors under torchvision's
-    names, torchvision's .pth, Keras's .h5 without its top. Or "random" for untrained filters."""
+    """Trained VGG16: "auto" for torchvision's (554 MB downloaded once, 7 MB kept), or a file: safetensors under
+    torchvision's names, torchvision's .pth, Keras's .h5 without its top. Or "random" for untrained filters."""
 
     def __post_init__(self):
         _require_not_negative(self, "perceptual_weight")
