@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 
+from vqvae_jax import compilation
 from vqvae_jax.errors import ConfigError, VQVAEError
 
 Platform = Literal["auto", "cpu", "gpu", "tpu"]
@@ -17,11 +18,12 @@ USER_ERROR, INTERRUPTED = 2, 130
 
 
 def use_platform(platform: Platform) -> None:
-    """Makes JAX use one kind of device; "auto" leaves it the choice.
+    """Makes JAX use one kind of device ("auto" leaves it the choice), and its cache of compiled programs.
 
     Raises:
       ConfigError: JAX finds no such device.
     """
+    compilation.use_cache()
     if platform != "auto":
         # Not "gpu" by name: JAX knows it as cuda or rocm, and prefers either to the CPU by itself.
         jax.config.update("jax_platforms", None if platform == "gpu" else platform)

@@ -142,3 +142,27 @@ def test_a_run_is_not_resumed_on_other_data(place):
     more = dataclasses.replace(settings, data=dataclasses.replace(settings.data, phantom_slices=5))
     with pytest.raises(ConfigError, match="--data has 30 training slices, but the run was trained on 24"):
         trainer.train_and_evaluate(more, place / "whole", resume=True, log=lambda line: None)
+
+
+def test_nothing_is_compiled_after_the_first_epoch(place):
+    """Training, validation, pictures and checkpoints of later epochs find every program ready."""
+    compiled, after_epoch = [], []
+
+    def note(name, seconds, **_):
+        del seconds
+        if name == "/jax/core/compile/backend_compile_duration":
+            compiled.append(name)
+
+    def log(line):
+        if line.startswith("Epoch"):
+            after_epoch.append(len(compiled))
+
+    settings = tiny(epochs=4, accumulate=2)
+    settings = dataclasses.replace(settings, training=dataclasses.replace(settings.training, sample_images=2))
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        trainer.train_and_evaluate(settings, place / "compiled", log=log)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert after_epoch[0] > 0
+    assert after_epoch[1:] == [after_epoch[1]] * 3

@@ -130,6 +130,55 @@ def test_steps_are_compiled_once(state, vgg, caplog):
         assert compilations() == 0
 
 
+def changed(**fields):
+    return dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, **fields))
+
+
+def sgd_state(initial):
+    """A state whose change in one step is the gradient, times SGD_RATE."""
+    sgd, own = optax.sgd(SGD_RATE), jax.tree.map(jnp.array, initial)
+    return training.replicate(own.replace(tx=sgd, opt_state=sgd.init(own.params)))
+
+
+def test_accumulated_parts_are_one_batch(initial, vgg):
+    """Halves of the same images have one batch's statistics, so that nothing differs."""
+    images = np.tile(batch()[:4], (2, 1, 1, 1))
+    found = [
+        run(training.make_train_step(changed(accumulate=parts)), sgd_state(initial), vgg, 2, images) for parts in (1, 2)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *(each[1] for each in found))
+    params = [each[0].params for each in found]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *params)
+    assert found[1][0].step == 2
+
+
+def test_accumulated_gradients_are_the_mean_of_the_parts(initial, vgg):
+    whole = batch()
+    step = training.make_train_step(changed(batch_size=4))
+    halves = [run(step, sgd_state(initial), vgg, 1, half) for half in (whole[:4], whole[4:])]
+    together, (metrics,) = run(training.make_train_step(changed(accumulate=2)), sgd_state(initial), vgg, 1, whole)
+
+    def assert_mean(found, first, second):
+        np.testing.assert_allclose(found, (first + second) / 2, rtol=1e-4, atol=1e-6)
+
+    jax.tree.map(assert_mean, together.params, *(state.params for state, _ in halves))
+    jax.tree.map(assert_mean, metrics.losses, *(found.losses for _, (found,) in halves))
+    np.testing.assert_array_equal(metrics.counts, sum(found.counts for _, (found,) in halves))
+
+
+def test_remat_changes_memory_and_nothing_else(initial, vgg):
+    found, memory = {}, []
+    for remat in ("none", "cheap", "full"):
+        step = training.make_train_step(changed(remat=remat))
+        images = training.split_over_devices(batch())
+        memory.append(step.lower(sgd_state(initial), images, vgg).compile().memory_analysis().temp_size_in_bytes)
+        state, metrics = step(sgd_state(initial), images, vgg)
+        found[remat] = state.params, state.model_state, metrics
+    assert memory == sorted(memory, reverse=True) and len(set(memory)) == 3
+    for remat in ("cheap", "full"):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found[remat], found["none"])
+
+
 def test_the_seed_decides_the_initial_state(initial):
     def parameters(seed):
         config = dataclasses.replace(CONFIG, training=TrainingConfig(seed=seed))
@@ -193,6 +242,13 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch, size, devices, adv
     with pytest.raises(ConfigError, match=rf"--batch-size {size} .* {devices} devices.* {advice}$"):
         training.check_devices(size)
     training.check_devices(int(advice))
+
+
+def test_a_batch_must_divide_over_its_parts_and_devices(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    with pytest.raises(ConfigError, match=r"--batch-size 12 in 2 parts \(--accumulate\) .* 4 devices.* 16$"):
+        training.check_devices(12, 2)
+    training.check_devices(16, 2)
 
 
 def on_devices():

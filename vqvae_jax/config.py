@@ -158,13 +158,27 @@ class TrainingConfig:
     """Epochs between two reductions of the learning rate."""
     gradient_clip: float = 1.0
     """Largest global norm of the gradient; 0 switches clipping off."""
+    accumulate: int = 1
+    """Parts that each batch is cut into, one after another; their gradients are averaged before the parameters
+    move. Takes the memory of one part. Batch norm and an EMA codebook see each part by itself."""
+    remat: Literal["none", "cheap", "full"] = "cheap"
+    """What the gradient computes again instead of keeping it in memory: nothing; what is cheap (norms and
+    activations); or all but the blocks' outputs (about a third slower, for what would not fit otherwise)."""
     seed: int = 0
     """The one seed: initial parameters, order of the slices, latents drawn for the codebook."""
     sample_images: int = 4
     """Validation slices drawn into samples/ after each epoch; 0 draws none."""
 
     def __post_init__(self):
-        _require_positive(self, "epochs", "batch_size", "learning_rate", "learning_rate_decay", "decay_epochs")
+        _require_positive(
+            self, "epochs", "batch_size", "learning_rate", "learning_rate_decay", "decay_epochs", "accumulate"
+        )
+        _require(
+            self.batch_size % self.accumulate == 0,
+            "accumulate",
+            self.accumulate,
+            f"a divisor of the batch size, {self.batch_size}",
+        )
         _require_not_negative(self, "gradient_clip", "sample_images")
         _require(0 <= self.seed <= LARGEST_SEED, "seed", self.seed, f"between 0 and {LARGEST_SEED}")
 
@@ -269,7 +283,7 @@ def _check_type(field: dataclasses.Field, value: Any, source: str | Path, where:
 CHANGEABLE = {
     "data": {"data", "tfds_dir", "memory_limit_gib"},
     "loss": {"vgg_weights"},
-    "training": {"epochs", "sample_images"},
+    "training": {"epochs", "sample_images", "remat"},
 }
 """Fields that a resumed run may change; the others would make it another run."""
 

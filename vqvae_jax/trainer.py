@@ -74,7 +74,7 @@ def train_and_evaluate(
       CheckpointError: a checkpoint cannot be written or read.
       DivergenceError: the loss is no longer finite; the last good checkpoint is left.
     """
-    training.check_devices(config.training.batch_size)
+    training.check_devices(config.training.batch_size, config.training.accumulate)
     workdir.claim(run, resume)
     hip_mri.check_exists(config.data)  # before fetching weights, which may take a while
     vgg_params = training.load_vgg(config)

@@ -6,18 +6,23 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.training import train_state
 
-from vqvae_jax import losses
+from vqvae_jax import compilation, losses
 from vqvae_jax.config import Config, TrainingConfig
 from vqvae_jax.errors import ConfigError
 from vqvae_jax.models import vgg16, vgg_weights
-from vqvae_jax.models.quantizer import CODEBOOK
+from vqvae_jax.models.layers import BLOCK, EXPENSIVE
+from vqvae_jax.models.quantizer import CHOICE, CODEBOOK
 from vqvae_jax.models.vqvae import VQVAE
 
 AXIS = "batch"
 """Name of the device axis, over which gradients, batch statistics and code counts are reduced."""
+
+KEPT = {"cheap": (EXPENSIVE, CHOICE), "full": (BLOCK, CHOICE)}
+"""``remat`` -> names of what the gradient finds in memory; it computes the rest of the model again."""
 
 Variables = Any
 VggParams = Any
@@ -78,7 +83,9 @@ def create_train_state(config: Config, steps_per_epoch: int) -> TrainState:
     """A fresh state; the same for the same seed, on every process."""
     model = VQVAE(config.model, axis_name=AXIS)
     image = jnp.zeros((1, *config.model.image_size, 1))
-    variables = jax.jit(VQVAE(config.model).init)(jax.random.key(config.training.seed), image)
+    key = jax.random.key(config.training.seed)
+    options = None if isinstance(key, jax.core.Tracer) else compilation.QUICKLY  # asked for shapes alone
+    variables = jax.jit(VQVAE(config.model).init, compiler_options=options)(key, image)
     params = variables.pop("params")
     state = TrainState.create(
         apply_fn=model.apply,
@@ -103,13 +110,19 @@ def make_loss(config: Config) -> Callable[[Any, TrainState, jax.Array, VggParams
     vgg = vgg16.VGG16(layers=(config.loss.perceptual_layer,), dtype=jnp.dtype(config.model.precision))
 
     def loss_fn(params, state, images, vgg_params):
-        output, model_state = state.apply_fn(
-            {"params": params, **state.model_state},
-            images,
-            train=True,
-            mutable=list(state.model_state),
-            rngs={CODEBOOK: jax.random.fold_in(jax.random.key(config.training.seed), state.step)},
-        )
+        def apply(params, images):
+            return state.apply_fn(
+                {"params": params, **state.model_state},
+                images,
+                train=True,
+                mutable=list(state.model_state),
+                rngs={CODEBOOK: jax.random.fold_in(jax.random.key(config.training.seed), state.step)},
+            )
+
+        if config.training.remat in KEPT:
+            policy = jax.checkpoint_policies.save_only_these_names(*KEPT[config.training.remat])
+            apply = jax.checkpoint(apply, policy=policy)
+        output, model_state = apply(params, images)
         perceptual = jnp.float32(0)
         if vgg_params is not None:
             perceptual = losses.perceptual_loss(
@@ -131,19 +144,54 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, VggParam
     """The pmapped step: (state, images [devices, B, H, W, 1], VGG parameters) -> (state, StepMetrics).
 
     State, parameters and metrics have no device axis: they are the same on every device. The old state's
-    buffers are reused for the new one.
+    buffers are reused for the new one. With ``accumulate``, B is cut into that many parts, whose gradients are
+    averaged; the model's other state (running statistics, EMA codebook) moves with each part.
     """
-    loss_fn = make_loss(config)
+    gradient = jax.grad(make_loss(config), has_aux=True)
+    parts = config.training.accumulate
 
-    def train_step(state, images, vgg_params):
-        gradients, (parts, counts, model_state) = jax.grad(loss_fn, has_aux=True)(
-            state.params, state, images, vgg_params
-        )
-        gradients, parts = jax.lax.pmean((gradients, parts), AXIS)
-        metrics = StepMetrics(parts, optax.tree.norm(gradients), jax.lax.psum(counts, AXIS))
-        return state.apply_gradients(grads=gradients, model_state=model_state), metrics
+    def backward(state, images, vgg_params):
+        gradients, (losses, counts, model_state) = gradient(state.params, state, images, vgg_params)
+        return state.replace(model_state=model_state), (gradients, losses, counts)
 
-    return jax.pmap(train_step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=(None, None), donate_argnums=(0,))
+    def finish(state, found):
+        gradients, losses, counts = found
+        gradients, losses = jax.lax.pmean((gradients, losses), AXIS)
+        metrics = StepMetrics(losses, optax.tree.norm(gradients), jax.lax.psum(counts, AXIS))
+        return state.apply_gradients(grads=gradients), metrics
+
+    if parts == 1:
+        return _pmap(lambda *arguments: finish(*backward(*arguments)), (None, 0, None), (None, None), donate=(0,))
+
+    def zeros(state, _device):
+        counts = jnp.zeros(config.model.num_embeddings)
+        return jax.tree.map(jnp.zeros_like, state.params), losses.Losses(*jnp.zeros(4)), counts
+
+    def add(state, sums, images, vgg_params):
+        model_state, found = backward(state, images, vgg_params)
+        return model_state, jax.tree.map(jnp.add, sums, found)
+
+    def divide(state, sums):
+        gradients, losses, counts = sums
+        return finish(state, (*jax.tree.map(lambda x: x / parts, (gradients, losses)), counts))
+
+    # Not a scan within one program: XLA runs convolutions in a loop several times slower on a CPU.
+    begin = _pmap(zeros, (None, 0), 0)
+    add = _pmap(add, (None, 0, 0, None), (None, 0), donate=(0, 1))
+    divide = _pmap(divide, (None, 0), (None, None), donate=(0,))
+
+    def accumulated_step(state, images, vgg_params):
+        sums = begin(state, np.arange(jax.local_device_count()))
+        for part in np.split(images, parts, axis=1):
+            state, sums = add(state, sums, part, vgg_params)
+        return divide(state, sums)
+
+    return accumulated_step
+
+
+def _pmap(function: Callable, in_axes: tuple, out_axes: Any, donate: tuple[int, ...] = ()) -> Callable:
+    pmapped = jax.pmap(function, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, donate_argnums=donate)
+    return compilation.with_cpu_options(pmapped, donate)
 
 
 def make_eval_step(config: Config) -> Callable[[Variables, jax.Array, jax.Array], EvalOutput]:
@@ -161,17 +209,19 @@ def make_eval_step(config: Config) -> Callable[[Variables, jax.Array, jax.Array]
         counts = jnp.zeros(config.model.num_embeddings).at[indices.reshape(-1)].add(weights)
         return output.reconstruction, indices, jax.lax.psum(counts, AXIS)
 
-    pmapped = jax.pmap(eval_step, axis_name=AXIS, in_axes=(None, 0, 0), out_axes=(0, 0, None))
+    pmapped = _pmap(eval_step, (None, 0, 0), (0, 0, None))
     return lambda variables, images, mask: EvalOutput(*pmapped(variables, images, mask))
 
 
-def check_devices(batch_size: int) -> None:
-    """Raises ConfigError where a global batch does not divide over all devices."""
+def check_devices(batch_size: int, accumulate: int = 1) -> None:
+    """Raises ConfigError where a global batch, or a part of it, does not divide over all devices."""
     devices = jax.device_count()
-    if batch_size % devices:
+    unit = devices * accumulate
+    if batch_size % unit:
+        parts = f" in {accumulate} parts (--accumulate)" if accumulate > 1 else ""
         raise ConfigError(
-            f"--batch-size {batch_size} does not divide over {devices} devices; "
-            f"use a multiple of {devices}, such as {-(-batch_size // devices) * devices}"
+            f"--batch-size {batch_size}{parts} does not divide over {devices} devices; "
+            f"use a multiple of {unit}, such as {-(-batch_size // unit) * unit}"
         )
 
 

@@ -206,3 +206,32 @@ def test_bfloat16_blocks_keep_float32_parameters(block):
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
     exact = np.asarray(jax.jit(block(8).apply)(variables, x))
     assert 0 < np.abs(np.float32(found) - exact).max() < 0.05
+
+
+def plain_attention(query, key, value):
+    """The definition, with all scores at once."""
+    return jnp.einsum("nqk,nkv->nqv", jax.nn.softmax(jnp.einsum("nqc,nkc->nqk", query, key)), value)
+
+
+@pytest.mark.parametrize("length", [1, 24, layers.QUERIES_AT_ONCE, 2 * layers.QUERIES_AT_ONCE + 100])
+def test_attention_by_blocks_is_attention(length):
+    inputs = normal(3, length, 4), normal(3, length, 4, seed=1), normal(3, length, 6)
+    cotangent = normal(3, length, 6, seed=2)
+
+    def run(attend):
+        return jax.jit(lambda *given: (attend(*given), *jax.vjp(attend, *given)[1](cotangent)))(*inputs)
+
+    jax.tree.map(assert_close, run(layers.attend), run(plain_attention))
+
+
+def test_memory_of_attention_grows_linearly():
+    def temporary_bytes(attend, length):
+        inputs = [jax.ShapeDtypeStruct((2, length, 8), jnp.float32)] * 3
+        gradient = jax.grad(lambda *given: attend(*given).sum(), argnums=(0, 1, 2))
+        return jax.jit(gradient).lower(*inputs).compile().memory_analysis().temp_size_in_bytes
+
+    def growth(attend):
+        return temporary_bytes(attend, 8192) / temporary_bytes(attend, 2048)
+
+    assert growth(layers.attend) < 5
+    assert growth(plain_attention) > 10

@@ -6,7 +6,10 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+CHOICE = "choice"
+"""Name, for ``jax.checkpoint``, of the indices of the chosen codes."""
 CODEBOOK = "codebook"
 """Name of the collection of what the EMA quantizer keeps, and of its random stream."""
 KMEANS_STEPS = 10
@@ -42,7 +45,8 @@ def nearest(latents: jax.Array, codes: jax.Array) -> jax.Array:
     # |z - e|^2 without |z|^2, which is the same for every code.
     products = jnp.matmul(flat, codes.T, precision=jax.lax.Precision.HIGHEST)
     distances = jnp.sum(jnp.square(codes), axis=1) - 2 * products
-    return jnp.argmin(distances, axis=1).astype(jnp.int32).reshape(latents.shape[:-1])
+    indices = jnp.argmin(distances, axis=1).astype(jnp.int32).reshape(latents.shape[:-1])
+    return checkpoint_name(indices, CHOICE)
 
 
 def code_counts(indices: jax.Array, num_embeddings: int) -> jax.Array:
