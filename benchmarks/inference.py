@@ -34,6 +34,7 @@ def run_jax(flags) -> None:
     import jax  # noqa: PLC0415 - each worker imports one framework
     import jax.numpy as jnp  # noqa: PLC0415
 
+    from vqvae_jax import compilation  # noqa: PLC0415
     from vqvae_jax.models.vqvae import VQVAE  # noqa: PLC0415
 
     config = _measure.model_config(flags)
@@ -49,7 +50,8 @@ def run_jax(flags) -> None:
     def reconstruct(variables, images):
         return model.apply(variables, images).reconstruction
 
-    functions = dict(zip(TASKS, map(jax.jit, (encode, decode, reconstruct)), strict=True))
+    compiled = (compilation.with_cpu_options(jax.jit(task)) for task in (encode, decode, reconstruct))
+    functions = dict(zip(TASKS, compiled, strict=True))
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *config.image_size, 1)))
     speeds = {}
     for size in flags.batch_sizes:

@@ -132,14 +132,15 @@ def main() -> None:
     _measure.add_model_flags(flags)
     flags.add_argument("--batch-size", type=int, default=8)
     flags.add_argument("--steps", type=int, default=3, help="steps in one measurement, after two to warm up")
-    flags.add_argument("--against", nargs="+", choices=("torch", "torch-best"))
+    flags.add_argument("--against", nargs="*", choices=("torch", "torch-best"), help="none: JAX alone")
     flags.add_argument("--matrix", type=int, help="side of the matrices whose product is the yardstick")
     flags.add_argument("--vgg", help="VGG16 weights for the workers; the script makes them")
     flags = flags.parse_args()
     flags.matrix = flags.matrix or MATRIX[flags.device]
     if flags.worker:
         return run_jax(flags) if flags.worker == "jax" else run_torch(flags, flags.worker == "torch-best")
-    names = ["jax", *(flags.against or ["torch", "torch-best"][: 1 + (flags.device == "gpu")])]
+    against = ["torch", "torch-best"][: 1 + (flags.device == "gpu")] if flags.against is None else flags.against
+    names = ["jax", *against]
     with tempfile.TemporaryDirectory() as folder:
         save_vgg(path := Path(folder) / "vgg.npz")
         where = _measure.platform_of(flags.device)

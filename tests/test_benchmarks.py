@@ -44,7 +44,18 @@ def test_input_pipeline():
     assert len(rows) == 5
 
 
+def test_attention():
+    rows = run_benchmark("attention.py", "--rounds", 1, "--steps", 1, "--batch-size", 1, "--image-sizes", "64x32")
+    assert [row.split()[3] for row in rows] == ["blocks", "plain"]
+
+
 @pytest.mark.slow
 def test_startup():
     rows = run_benchmark("startup.py", "--preset", "demo", "--rounds", 1, "--batch-size", 1)
-    assert [row.split("|")[1].strip() for row in rows][-1] == "total"
+    assert len(rows) == 5
+
+
+@pytest.mark.slow
+def test_scaling():
+    rows = run_benchmark("scaling.py", "--rounds", 1, "--batch-size", 2, "--vary", "devices", "--steps", 0)
+    assert len(rows) == 3
