@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import pickle
 import re
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -54,14 +55,20 @@ def start(coordinator: str | None, processes: int | None, process: int | None, t
     peers.watch()
     flags = {"--coordinator": coordinator, "--num-processes": processes, "--process-id": process}
     missing = [flag for flag, value in flags.items() if value is None]
+    late = (
+        f"--distributed: not all processes found each other within {timeout} s; see that --coordinator "
+        f"{coordinator or '(found by JAX)'} is an address of process 0 that all can reach, that --num-processes is "
+        "the same for all, and that each id is used once"
+    )
     try:
-        jax.distributed.initialize(
-            coordinator,
-            processes,
-            process,
-            initialization_timeout=timeout,
-            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
-        )
+        with peers.abort_means(late):
+            jax.distributed.initialize(
+                coordinator,
+                processes,
+                process,
+                initialization_timeout=timeout,
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+            )
     except Exception as error:  # JAX raises many kinds
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if missing and not isinstance(error, jax.errors.JaxRuntimeError):
@@ -69,10 +76,7 @@ def start(coordinator: str | None, processes: int | None, process: int | None, t
                 f"--distributed: JAX cannot find {', '.join(missing)} by itself here ({reason}); give "
                 "--coordinator HOST:PORT --num-processes N --process-id I, or start it with Slurm or Open MPI"
             ) from error
-        raise ConfigError(
-            f"--distributed: not all processes found each other within {timeout} s ({reason}); see that --coordinator "
-            f"{coordinator or '(found by JAX)'} is process 0's address with a free port, and that every id is used once"
-        ) from error
+        raise ConfigError(f"{late} ({reason})") from error
 
 
 def _check(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -83,6 +87,12 @@ def _check(coordinator: str | None, processes: int | None, process: int | None) 
     if process is not None and not 0 <= process < (processes or process + 1):
         among = f", below --num-processes {processes}" if processes else ""
         raise ConfigError(f"--process-id {process}: must be 0 or more{among}")
+    if coordinator is not None and process == 0:
+        port = int(coordinator.rpartition(":")[2])
+        try:
+            socket.create_server(("", port), reuse_port=False).close()
+        except (OSError, OverflowError) as error:  # where JAX would end with a segmentation fault
+            raise ConfigError(f"--coordinator {coordinator}: port {port} cannot be used here ({error})") from error
 
 
 def several() -> bool:

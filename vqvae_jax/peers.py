@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from typing import NoReturn
 
 LOST = (
@@ -28,6 +29,7 @@ _SIGNS = ("Gloo", "NCCL", "RCCL", "coordination service", "CoordinationService",
 _READING_ALONG = 2.0
 """Seconds until what was logged before an abort has surely been read."""
 
+_explanation = [LOST]
 _leaving = threading.Lock()
 _kept: list = []
 """What C code refers to, which must not be collected."""
@@ -50,15 +52,23 @@ def watch() -> None:
     def aborted(number: int) -> None:
         del number
         if aborts.wait(_READING_ALONG):
-            leave(LOST, 2)
+            leave(_explanation[-1], 2)
         # Otherwise it is another's abort, which goes on once this returns.
 
     _kept.append(aborted)
     ctypes.CDLL(None).signal(signal.SIGABRT, aborted)
 
 
+@contextlib.contextmanager
+def abort_means(message: str) -> Iterator[None]:
+    """What an abort within the body is said to mean, instead of ``LOST``."""
+    _explanation.append(message)
+    yield
+    _explanation.pop()
+
+
 def _pass_on(reading: int, shown: int, aborts: threading.Event) -> None:
-    """Copies lines, up to those of the coordination service that say what ``LOST`` says shorter."""
+    """Copies lines, up to those of the coordination service that say at length what is said in one."""
     about_loss = False
     with os.fdopen(reading, "rb") as lines:
         for line in lines:
