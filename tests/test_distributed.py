@@ -77,6 +77,13 @@ def entries(run, split):
     ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compile_fast():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     return tmp_path_factory.mktemp("distributed")
