@@ -8,10 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import ROOT, TINY, run_script
+
+from vqvae_jax import distributed, peers
+from vqvae_jax.errors import CheckpointError, ConfigError
 
 # Codes that are drawn from the batch (EMA) are other ones where it is shared; and at a high rate, Adam makes steps
 # of the rounding errors that are the gradients of biases before batch norm.
@@ -158,11 +160,86 @@ def test_a_process_does_not_outlive_another(place, alone, killed):
     with processes(place, run, "--resume", "--epochs", 5000) as started:
         wait_for("Epoch [4/", started[0])
         started[killed].kill()
-        begin, other = time.monotonic(), started[1 - killed]
+        other = started[1 - killed]
         _, errors = other.communicate(timeout=60)
-    print(f"took {time.monotonic() - begin:.2f} s")
     assert other.returncode == 2
     assert LOST in errors
     assert "--resume" in errors
     assert len(errors.splitlines()) == 1
     assert (run / "checkpoints/9").is_dir()
+
+
+@pytest.mark.slow
+def test_a_process_that_falls_silent_is_missed(place, alone):
+    """A process that is stopped has not closed its connections, like one whose host or network is gone."""
+    run = shutil.copytree(alone, place / "silent")
+    with processes(place, run, "--resume", "--epochs", 5000) as started:
+        wait_for("Epoch [4/", started[0])
+        started[1].send_signal(signal.SIGSTOP)
+        _, errors = started[0].communicate(timeout=60)
+    assert started[0].returncode == 2
+    assert LOST in errors
+    assert len(errors.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_come_are_not_waited_for_without_end(place):
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "scripts")!r})
+import _command
+from vqvae_jax import distributed
+_command.run(lambda: distributed.start("127.0.0.1:{free_port()}", 2, 1, timeout=5))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "not all processes found each other within 5 s" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("10.0.0.1", 2, 0), "--coordinator 10.0.0.1: must be HOST:PORT"),
+        (("10.0.0.1:1234", 0, 0), "--num-processes 0: must be 1 or more"),
+        (("10.0.0.1:1234", 2, 2), "--process-id 2: must be 0 or more, below --num-processes 2"),
+        (("10.0.0.1:70000", 2, 0), "port 70000 cannot be used"),
+    ],
+)
+def test_flags_that_cannot_work(given, words):
+    with pytest.raises(ConfigError, match=words):
+        distributed.start(*given)
+
+
+def test_a_port_in_use():
+    with (
+        socket.create_server(("", 0)) as server,
+        pytest.raises(ConfigError, match="Address already in use"),
+    ):
+        distributed.start(f"127.0.0.1:{server.getsockname()[1]}", 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--distributed"], "JAX cannot find --coordinator, --num-processes, --process-id by itself"),
+        (["--process-id", "1"], "--coordinator, --num-processes and --process-id need --distributed"),
+    ],
+)
+def test_flags_that_are_missing(place, flags, words):
+    done = run_script("train.py", *TINY, *flags, cwd=place)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_loss_of_a_process_is_told_from_other_errors():
+    gloo = ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:1234")
+    try:
+        try:
+            raise gloo
+        except ValueError as error:
+            raise CheckpointError("checkpoint could not be written") from error
+    except CheckpointError as error:
+        assert peers.is_loss(error)
+    assert not peers.is_loss(OSError(28, "No space left on device"))

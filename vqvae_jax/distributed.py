@@ -10,12 +10,12 @@ import pickle
 import re
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 
 from vqvae_jax import peers
@@ -31,7 +31,6 @@ _VOTES_IN_FLIGHT = 2
 """Steps after which a vote is read, so that reading it never makes the device wait."""
 _GATHERED = 4096
 """Bytes: what is gathered is padded to a multiple, so that few sizes are compiled for."""
-
 _LINGERING = 2
 """Seconds that the first process outlives an error, so that others with the same error can say so themselves."""
 
@@ -97,12 +96,12 @@ def _check(coordinator: str | None, processes: int | None, process: int | None) 
 
 def several() -> bool:
     """Whether this process has others beside it."""
-    return jax.distributed.is_initialized() and jax.process_count() > 1
+    return _state().num_processes > 1
 
 
 def is_first() -> bool:
     """Whether this process is the one that writes and prints."""
-    return jax.process_index() == 0
+    return _state().process_id == 0
 
 
 def hides_progress() -> bool | None:
@@ -116,8 +115,8 @@ def shared(text: str) -> str:
         return text
     key = f"vqvae/text/{next(_numbers)}"
     if is_first():
-        _client().key_value_set(key, text)
-    return _client().blocking_key_value_get(key, START_TIMEOUT * 1000)
+        _state().client.key_value_set(key, text)
+    return _state().client.blocking_key_value_get(key, START_TIMEOUT * 1000)
 
 
 @contextlib.contextmanager
@@ -180,9 +179,7 @@ class Stop:
 def end(status: int) -> NoReturn:
     """Ends a command: at once where it failed, since the others will not come to a common end."""
     if status and several():
-        if is_first():
-            time.sleep(_LINGERING)
-        peers.leave("", status)
+        peers.leave("", status, after=_LINGERING if is_first() else 0)
     sys.exit(status)
 
 
@@ -200,10 +197,9 @@ def explains_losses() -> Iterator[None]:
 def _meet() -> None:
     """Waits until all processes are here, without a collective: those would time out on some devices."""
     if several():
-        _client().wait_at_barrier(f"vqvae/meet/{next(_numbers)}", _BUILD_TIMEOUT * 1000)
+        _state().client.wait_at_barrier(f"vqvae/meet/{next(_numbers)}", _BUILD_TIMEOUT * 1000)
 
 
-def _client() -> Any:
-    from jax._src import distributed  # noqa: PLC0415, JAX has no public way to its coordination service
-
-    return distributed.global_state.client
+def _state() -> Any:
+    """What JAX knows of the processes. It has no public way to ask without claiming devices, nor to its barriers."""
+    return jax_distributed.global_state

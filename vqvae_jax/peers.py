@@ -12,19 +12,20 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import NoReturn
 
 LOST = (
-    "another process of this run has ended or cannot be reached (its own output says why); nothing that was saved is "
-    "lost: start all of them again with --resume"
+    "another process of this run has ended or cannot be reached (its own output says why); what was saved is kept: "
+    "start all of them again, with --resume if training had begun"
 )
 
 _ABORTS = b"JAX distributed service detected fatal errors"
 """In the last line that the coordination service logs before it aborts."""
 _SERVICE = b"coordination_service"
 """In its other lines: the names of the files that log them."""
-_SIGNS = ("Gloo", "NCCL", "RCCL", "coordination service", "CoordinationService", "Connection reset by peer")
+_SIGNS = ("Gloo", "NCCL", "RCCL", "coordination service", "CoordinationService")
 """In messages of errors that a lost process causes in the others."""
 _READING_ALONG = 2.0
 """Seconds until what was logged before an abort has surely been read."""
@@ -88,12 +89,19 @@ def is_loss(error: BaseException | None) -> bool:
     return False
 
 
-def leave(message: str, status: int) -> NoReturn:
-    """Ends this process at once: a clean end would wait for the others. The first message alone is shown."""
+def leave(message: str, status: int, after: float = 0) -> NoReturn:
+    """Ends this process without a clean end, which would wait for the others.
+
+    Args:
+      message: shown on stderr, unless this process was about to leave already.
+      status: the exit status.
+      after: seconds to wait.
+    """
     _leaving.acquire()  # and never released: whoever comes second waits here for the end
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         if message:
             print(f"{sys.argv[0]}: {message}", file=sys.stderr)
         sys.stderr.flush()
+    time.sleep(after)
     os._exit(status)
