@@ -5,12 +5,13 @@ import logging
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Literal
 
 import jax
 
-from vqvae_jax import compilation
+from vqvae_jax import compilation, distributed
 from vqvae_jax.errors import ConfigError, VQVAEError
 
 Platform = Literal["auto", "cpu", "gpu", "tpu"]
@@ -53,16 +54,20 @@ def run(main: Callable[[], int]) -> None:
         status = _complain(str(error), USER_ERROR)
     except KeyboardInterrupt:
         status = _complain("interrupted; run it again, with --resume if training had begun", INTERRUPTED)
-    except (OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+    except Exception as error:
         explained = _explain(error)
-        if explained is None:
+        if explained is None and not distributed.several():
             raise
-        status = _complain(explained, USER_ERROR)
-    sys.exit(status)
+        if explained is None:
+            traceback.print_exc()
+        status = 1 if explained is None else _complain(explained, USER_ERROR)
+    distributed.end(status)
 
 
 def _explain(error: Exception) -> str | None:
     """One line for a full disk or memory; None for what is not the user's to mend."""
+    if not isinstance(error, OSError | MemoryError | jax.errors.JaxRuntimeError):
+        return None
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         advice = "; free space and run again (with --resume)" if error.errno == errno.ENOSPC else ""

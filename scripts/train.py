@@ -9,7 +9,7 @@ from typing import Annotated
 import _command
 import tyro
 
-from vqvae_jax import config, evaluation, trainer, workdir
+from vqvae_jax import config, distributed, evaluation, trainer, workdir
 from vqvae_jax.errors import ConfigError
 
 
@@ -23,6 +23,14 @@ class Flags:
     """The run's folder; runs/PRESET-TIMESTAMP by default."""
     resume: bool = False
     """Go on with the run in --workdir (by default the newest run), with the settings in its config.json."""
+    distributed: bool = False
+    """Train together with other processes that are given the same flags, on this host and others."""
+    coordinator: str | None = None
+    """With --distributed: HOST:PORT of process 0, where PORT is free; found by itself on Slurm and the like."""
+    num_processes: int | None = None
+    """With --distributed: how many processes there are; found by itself on Slurm and the like."""
+    process_id: int | None = None
+    """With --distributed: which of them this is, from 0; found by itself on Slurm and the like."""
     config: Annotated[config.Config, tyro.conf.arg(name="")]
 
 
@@ -55,24 +63,34 @@ def _parse() -> tuple[Flags, Path]:
 def main() -> int:
     """Parses the flags and trains."""
     flags, run = _parse()
+    if flags.distributed:
+        distributed.start(flags.coordinator, flags.num_processes, flags.process_id)
+    elif (flags.coordinator, flags.num_processes, flags.process_id) != (None, None, None):
+        raise ConfigError("--coordinator, --num-processes and --process-id need --distributed")
     _command.use_platform(flags.platform)
-    print(f"Run: {run}")
-    outcome = trainer.train_and_evaluate(flags.config, run, resume=flags.resume)
+    say = print if distributed.is_first() else _say_nothing
+    run = Path(distributed.shared(str(run)))  # its default name has the time in it
+    if distributed.shared(config.to_json(flags.config)) != config.to_json(flags.config):
+        raise ConfigError("--distributed: the settings are not those of process 0; give all processes the same flags")
+    say(f"Run: {run}")
+    outcome = trainer.train_and_evaluate(flags.config, run, resume=flags.resume, log=say)
     if outcome.evaluation is None:
-        print(
-            f"Stopped at step {outcome.step}, and saved. Go on with: python scripts/train.py --resume --workdir {run}"
-        )
+        say(f"Stopped at step {outcome.step}, and saved. Go on with: python scripts/train.py --resume --workdir {run}")
         return 0
-    print("Test split, best checkpoint:")
+    say("Test split, best checkpoint:")
     for line in evaluation.describe(outcome.evaluation, evaluation.scaling(flags.config)):
-        print(f"  {line}")
-    print(
+        say(f"  {line}")
+    say(
         f"Pictures: {run / 'eval/test/reconstructions.png'} and {run / 'samples'}\n"
         f"Curves: tensorboard --logdir {run} (or {run / 'metrics.jsonl'})\n"
         f"Checkpoints: {run / 'checkpoints'}\n"
         f"Next: python scripts/eval.py --workdir {run} --split validation"
     )
     return 0
+
+
+def _say_nothing(line: str) -> None:
+    del line
 
 
 if __name__ == "__main__":

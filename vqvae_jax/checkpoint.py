@@ -80,6 +80,9 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        if jax.process_count() > 1:
+            # Each process has the whole state on its own devices; as NumPy arrays, Orbax writes the first one's.
+            state = jax.device_get(state)
         items = ocp.args.Composite(
             model=ocp.args.StandardSave(state.variables),
             optimizer=ocp.args.StandardSave(_optimizer_tree(state)),

@@ -23,3 +23,7 @@ class CheckpointError(VQVAEError):
 
 class DivergenceError(VQVAEError):
     """The training loss is no longer finite."""
+
+
+class PeerError(VQVAEError):
+    """Another process of the same run has ended or cannot be reached."""

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import tqdm
 
-from vqvae_jax import checkpoint, metrics, published, report, training, workdir
+from vqvae_jax import checkpoint, distributed, metrics, published, report, training, workdir
 from vqvae_jax.config import DOWNSAMPLING, Config
 from vqvae_jax.data import hip_mri, loader, nifti
 
@@ -77,6 +77,8 @@ class Evaluation:
 class Evaluator:
     """Evaluates parameters on one split; compiled once, for batches of one shape.
 
+    Several processes share the slices between them, and each gets all results.
+
     Args:
       config: the run's configuration.
       slices: the split.
@@ -86,23 +88,25 @@ class Evaluator:
         self._config = config
         self._slices = slices
         devices = jax.local_device_count()
-        wanted = min(config.training.batch_size, len(slices))
+        wanted = -(-min(config.training.batch_size, len(slices)) // jax.process_count())
         self._batch_size = -(-wanted // devices) * devices
         self._step = training.make_eval_step(config)
 
     def run(self, variables: Any, *, published_protocol: bool = False) -> Evaluation:
         """Metrics of every slice; with ``published_protocol`` also the published project's SSIM."""
-        published_ssim: list[float] = []
+        published_ssim: dict[int, float] = {}
         counts = np.zeros(self._config.model.num_embeddings)
         rows: dict[int, SliceMetrics] = {}
         waiting: dict[tuple[int, int], list] = defaultdict(list)
-        batches = loader.eval_batches(self._slices, self._batch_size)
-        count = -(-len(self._slices) // self._batch_size)
-        for batch in tqdm.tqdm(batches, total=count, desc="Evaluating", unit="batch", leave=False, disable=None):
+        share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        batches = loader.eval_batches(self._slices, self._batch_size, **share)
+        bar = {"total": -(-len(self._slices) // (self._batch_size * jax.process_count())), "unit": "batch"}
+        bar |= {"leave": False, "disable": distributed.hides_progress()}
+        for batch in tqdm.tqdm(batches, desc="Evaluating", **bar):
             images, output = self._reconstruct(variables, batch.images, batch.mask)
             counts += np.asarray(output.counts, np.float64)
             if published_protocol:
-                published_ssim += self._published_ssim(variables, batch, images)
+                published_ssim |= self._published_ssim(variables, batch, images)
             for index, image in zip(batch.indices[batch.mask > 0], images, strict=False):
                 sample, own = self._on_own_grid(int(index), image)
                 same_shape = waiting[own.shape]
@@ -115,7 +119,9 @@ class Evaluator:
                 rows.update(self._measure(same_shape))
         height, width = self._config.model.image_size
         codes = (height // DOWNSAMPLING) * (width // DOWNSAMPLING)
-        return Evaluation([rows[index] for index in sorted(rows)], counts, codes, published_ssim)
+        rows, published_ssim = distributed.gathered(rows), distributed.gathered(published_ssim)
+        in_order = [[results[index] for index in sorted(results)] for results in (rows, published_ssim)]
+        return Evaluation(in_order[0], counts, codes, in_order[1])
 
     def draw(
         self,
@@ -136,15 +142,16 @@ class Evaluator:
                 sample, own = self._on_own_grid(index, image)
                 label = f"{labels[len(drawn)]}: {Path(sample.file).name}, slice {sample.slice}"
                 drawn.append(report.Row(sample.pixels, own, label, evaluation.rows[index].ssim))
-        report.draw_reconstructions(path, drawn)
+        if distributed.is_first():
+            report.draw_reconstructions(path, drawn)
 
     def _reconstruct(self, variables: Any, images: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, Any]:
         split = training.split_over_devices
         output = self._step(variables, split(images), split(mask))
         return np.asarray(output.reconstruction).reshape(images.shape)[..., 0], output
 
-    def _published_ssim(self, variables: Any, batch: loader.EvalBatch, images: np.ndarray) -> list[float]:
-        """SSIM by ``published``'s protocol of the batch's slices, whose reconstructions are ``images``."""
+    def _published_ssim(self, variables: Any, batch: loader.EvalBatch, images: np.ndarray) -> dict[int, float]:
+        """SSIM, by index, by ``published``'s protocol of the batch's slices, whose reconstructions are ``images``."""
         indices = [int(index) for index in batch.indices[batch.mask > 0]]
         intensities = [self._slices.intensities(index) for index in indices]
         originals = np.zeros((self._batch_size, *published.SIZE), np.float32)
@@ -159,7 +166,7 @@ class Evaluator:
             for row, (index, raw) in enumerate(zip(indices, intensities, strict=True)):
                 sample, own = self._on_own_grid(index, images[row])
                 compared[row] = published.to_compare(nifti.unscale(own, *sample.range), raw)
-        return [float(value) for value in metrics.ssim(compared, originals)[: len(indices)]]
+        return dict(zip(indices, map(float, np.asarray(metrics.ssim(compared, originals))), strict=False))
 
     def _on_own_grid(self, index: int, image: np.ndarray) -> tuple[loader.Sample, np.ndarray]:
         sample = self._slices.sample(index)
@@ -214,7 +221,8 @@ def evaluate_run(
     variables, _ = checkpoints.restore_variables(shapes, which)
     checkpoints.close()
     variables = training.replicate(variables)
-    builder = hip_mri.prepare(config.data, config.model.image_size, log)
+    with distributed.first_alone():
+        builder = hip_mri.prepare(config.data, config.model.image_size, log)
     slices = loader.Slices(builder.as_data_source(split=split), config.data, config.model.image_size)
     evaluator = Evaluator(config, slices)
     evaluation = evaluator.run(variables, published_protocol=True)
@@ -232,7 +240,17 @@ def scaling(config: Config) -> str:
 
 
 def write_results(evaluation: Evaluation, evaluator: Evaluator, variables: Any, folder: Path, protocol: str) -> None:
-    """Writes metrics.json, per_slice.csv and reconstructions.png."""
+    """Writes metrics.json, per_slice.csv and reconstructions.png, from the first process; all must call it."""
+    if distributed.is_first():
+        _write_tables(evaluation, folder, protocol)
+    order = evaluation.order()
+    first = range(min(FIRST_DRAWN, len(order)))
+    chosen = [*first, order[-1], order[len(order) // 2], order[0]]
+    labels = [*(f"slice {index + 1} of {len(order)}" for index in first), "best", "median", "worst"]
+    evaluator.draw(variables, evaluation, chosen, labels, folder / "reconstructions.png")
+
+
+def _write_tables(evaluation: Evaluation, folder: Path, protocol: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     summary = {name: value if math.isfinite(value) else None for name, value in evaluation.summary().items()}
     workdir.write_atomically(folder / "metrics.json", json.dumps(summary | {"protocol": protocol}, indent=2) + "\n")
@@ -243,11 +261,6 @@ def write_results(evaluation: Evaluation, evaluator: Evaluator, variables: Any, 
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
         table.writerows(rows)
-    order = evaluation.order()
-    first = range(min(FIRST_DRAWN, len(order)))
-    chosen = [*first, order[-1], order[len(order) // 2], order[0]]
-    labels = [*(f"slice {index + 1} of {len(order)}" for index in first), "best", "median", "worst"]
-    evaluator.draw(variables, evaluation, chosen, labels, folder / "reconstructions.png")
 
 
 def describe(evaluation: Evaluation, protocol: str) -> Iterator[str]:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import tqdm
 
-from vqvae_jax import checkpoint, evaluation, logs, training, workdir
+from vqvae_jax import checkpoint, distributed, evaluation, logs, training, workdir
 from vqvae_jax.config import Config
 from vqvae_jax.data import hip_mri, loader
 from vqvae_jax.errors import CheckpointError, ConfigError, DivergenceError
@@ -55,12 +55,14 @@ class Clock:
     waiting: float = 0.0
 
 
+@distributed.explains_losses()
 def train_and_evaluate(
     config: Config, run: Path, *, resume: bool = False, log: Callable[[str], None] = print
 ) -> Outcome:
     """Trains to ``config.training.epochs``, then evaluates the best checkpoint on the test split.
 
-    SIGTERM or Ctrl-C finishes the step, saves and returns.
+    SIGTERM or Ctrl-C finishes the step, saves and returns. Of several processes (see ``distributed``) each is
+    given the same arguments; all stop after the same step if one is told to, and the first writes and logs.
 
     Args:
       config: the whole configuration; written to ``run``/config.json.
@@ -73,16 +75,20 @@ def train_and_evaluate(
       DataError, WeightsError: the images or the VGG weights cannot be read.
       CheckpointError: a checkpoint cannot be written or read.
       DivergenceError: the loss is no longer finite; the last good checkpoint is left.
+      PeerError: another process has ended or cannot be reached.
     """
     training.check_devices(config.training.batch_size, config.training.accumulate)
-    workdir.claim(run, resume)
+    _claim(run, resume)
     hip_mri.check_exists(config.data)  # before fetching weights, which may take a while
-    vgg_params = training.load_vgg(config)
-    trainer = Trainer(config, run, vgg_params, log)
+    with distributed.first_alone():
+        vgg_params = training.load_vgg(config)
+    trainer = Trainer(config, run, vgg_params, log if distributed.is_first() else _quiet)
     try:
-        with _stop_signals() as stop:
+        with trainer, _stop_signals() as received:
+            stop = distributed.Stop(received)
             trainer.start(resume)
-            workdir.save_config(run, config)
+            if distributed.is_first():
+                workdir.save_config(run, config)
             trainer.run(stop)
             if stop:
                 return Outcome(trainer.step, None)
@@ -90,9 +96,17 @@ def train_and_evaluate(
         raise CheckpointError(
             f"--workdir {run}: cannot be written ({error}); free space and go on with --resume"
         ) from error
-    finally:
-        trainer.close()
     return Outcome(trainer.step, evaluation.evaluate_run(run, log=_quiet))
+
+
+def _claim(run: Path, resume: bool) -> None:
+    with distributed.first_alone():
+        if distributed.is_first():
+            workdir.claim(run, resume)
+        elif not run.is_dir():
+            raise ConfigError(
+                f"--workdir {run}: is not here, where process 0 made it; use a folder that all processes share"
+            )
 
 
 class Trainer:
@@ -102,12 +116,19 @@ class Trainer:
         self._config = config
         self._run = run
         self._log = log
-        builder = hip_mri.prepare(config.data, config.model.image_size, log)
+        with distributed.first_alone():
+            builder = hip_mri.prepare(config.data, config.model.image_size, log)
         train, validation = (
             loader.Slices(builder.as_data_source(split=split), config.data, config.model.image_size)
             for split in ("train", "validation")
         )
-        self._loader = loader.TrainLoader(train, config.training.batch_size, config.training.seed)
+        self._loader = loader.TrainLoader(
+            train,
+            config.training.batch_size,
+            config.training.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
         self._schedule = training.learning_rate_schedule(config.training, self._loader.steps_per_epoch)
         self._validator = evaluation.Evaluator(config, validation)
         self._samples = np.linspace(0, len(validation) - 1, min(config.training.sample_images, len(validation)))
@@ -128,10 +149,11 @@ class Trainer:
 
     def _describe(self, train: int, validation: int) -> None:
         parameters = sum(leaf.size for leaf in jax.tree.leaves(self._state.params))
-        devices = jax.devices()
+        devices, processes = jax.devices(), jax.process_count()
         self._log(
             f"Preset {self._config.preset}: {parameters / 1e6:.2f} M parameters, {train} training and {validation} "
             f"validation slices, {len(devices)} x {devices[0].device_kind}"
+            + (f" in {processes} processes" if processes > 1 else "")
         )
         loss = self._config.loss
         if loss.perceptual_weight and loss.vgg_weights == vgg_weights.RANDOM:
@@ -152,7 +174,8 @@ class Trainer:
                 self._loader.set_state(self._progress.loader)
             self._log(f"Resuming at step {self.step}, epoch {self._progress.epoch + 1}")
         self._state = training.replicate(self._state)
-        self._metrics = logs.MetricsLog(self._run, self.step)
+        if distributed.is_first():
+            self._metrics = logs.MetricsLog(self._run, self.step)
 
     def _check_slices(self) -> None:
         before = self._progress.slices
@@ -163,8 +186,8 @@ class Trainer:
             )
         self._progress.slices = self._slices
 
-    def run(self, stop: list[int]) -> None:
-        """Trains until the last epoch is done or ``stop`` holds a signal."""
+    def run(self, stop: distributed.Stop) -> None:
+        """Trains until the last epoch is done or told to stop."""
         while self._progress.epoch < self._config.training.epochs and not stop:
             clock = self._train_epoch(stop)
             if self._progress.steps_in_epoch < self._loader.steps_per_epoch:
@@ -173,14 +196,15 @@ class Trainer:
             self._finish_epoch(clock)
         self._checkpoints.wait()
 
-    def _train_epoch(self, stop: list[int]) -> Clock:
+    def _train_epoch(self, stop: distributed.Stop) -> Clock:
         progress, clock = self._progress, Clock()
         in_flight: collections.deque = collections.deque()
         steps = self._loader.steps_per_epoch
         title = f"Epoch {progress.epoch + 1}/{self._config.training.epochs}"
-        with tqdm.tqdm(total=steps, initial=progress.steps_in_epoch, desc=title, leave=False, disable=None) as bar:
+        hidden = distributed.hides_progress()
+        with tqdm.tqdm(total=steps, initial=progress.steps_in_epoch, desc=title, leave=False, disable=hidden) as bar:
             begin = time.perf_counter()
-            while progress.steps_in_epoch < steps and not stop:
+            while progress.steps_in_epoch < steps and not stop.soon():
                 asked = time.perf_counter()
                 images = training.split_over_devices(next(self._loader))
                 clock.waiting += time.perf_counter() - asked
@@ -235,8 +259,9 @@ class Trainer:
         progress.epoch, progress.steps_in_epoch, progress.sums = progress.epoch + 1, 0, {}
         speed = {"images_per_second": clock.images / clock.total, "input_wait": clock.waiting / clock.total}
         rate = {"learning_rate": float(self._schedule(self.step - 1))}
-        self._metrics.write(self.step, progress.epoch, "train", means | rate | speed)
-        self._metrics.write(self.step, progress.epoch, "validation", summary)
+        if self._metrics:
+            self._metrics.write(self.step, progress.epoch, "train", means | rate | speed)
+            self._metrics.write(self.step, progress.epoch, "validation", summary)
         self._log(
             f"Epoch [{progress.epoch}/{self._config.training.epochs}], Loss: {means['loss']:.4f}, "
             f"L1: {means['l1']:.4f}, Perceptual: {means['perceptual']:.4f}, Quantizer: {means['quantizer']:.4f}, "
@@ -254,8 +279,15 @@ class Trainer:
     def _save(self, ssim: float | None) -> None:
         self._checkpoints.save(self._state, dataclasses.asdict(self._progress), ssim)
 
+    def __enter__(self) -> "Trainer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *unused: Any) -> None:
+        if kind is None or not distributed.several():  # else it would wait for processes that may be gone
+            self.close()
+
     def close(self) -> None:
-        """Ends logs and checkpoint threads, whatever happened."""
+        """Ends logs and checkpoint threads."""
         if self._metrics:
             self._metrics.close()
         self._checkpoints.close()

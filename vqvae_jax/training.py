@@ -226,8 +226,8 @@ def check_devices(batch_size: int, accumulate: int = 1) -> None:
 
 
 def replicate(tree: Any) -> Any:
-    """Copies a tree of arrays to every device, without a device axis: as the steps take and return it."""
-    mesh = jax.sharding.Mesh(jax.devices(), (AXIS,))
+    """Copies a tree of arrays to this process's devices, without a device axis: as the steps take and return it."""
+    mesh = jax.sharding.Mesh(jax.local_devices(), (AXIS,))
     return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
