@@ -17,15 +17,11 @@ WAYS = ("blocks", "plain")
 
 def measure(flags) -> None:
     """Both ways at one image size."""
-    import jax  # noqa: PLC0415 - after the choice of platform
-    import jax.numpy as jnp  # noqa: PLC0415
+    import _flops  # noqa: PLC0415 - after the choice of platform
+    import jax  # noqa: PLC0415
 
     from vqvae_jax import compilation  # noqa: PLC0415
     from vqvae_jax.models import layers  # noqa: PLC0415
-
-    def plain(query, key, value):
-        scores = jnp.einsum("nqc,nkc->nqk", query, key, preferred_element_type=jnp.float32)
-        return jnp.einsum("nqk,nkv->nqv", jax.nn.softmax(scores).astype(value.dtype), value)
 
     height, width = map(int, flags.size.split("x"))
     length, channels = height * width // DOWNSAMPLING**2, PRESETS["hipmri"].model.hidden_channels
@@ -34,7 +30,7 @@ def measure(flags) -> None:
     inputs = [jax.random.normal(k, (flags.batch_size, length, w)) for k, w in zip(keys, widths, strict=True)]
     device = jax.devices()[0]
     limit = device.memory_stats()["bytes_limit"] if flags.device == "gpu" else _memory()
-    attend = {"blocks": layers.attend, "plain": plain}[flags.worker]
+    attend = {"blocks": layers.attend, "plain": _flops.plain_attention}[flags.worker]
 
     def forward_and_gradient(*given):
         output, pull = jax.vjp(attend, *given)

@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py [--vary image-size hidden-channels num-embeddings devices]
 
-One row for each value, all else as in the first row, each in a process of its own. FLOPs are XLA's count before
-optimisation; memory is what XLA plans for the step on one device, states and weights included; communicated is the
+One row for each value, all else as in the first row, each in a process of its own. FLOPs are XLA's count
+(_flops.py); memory is what XLA plans for the step on one device, states and weights included; communicated is the
 size of what the compiled step hands to its collectives on each device. Several devices are the CPU's, made
 by XLA, with the same global batch: they share its cores, so that their seconds show overhead and no gain.
 """
@@ -55,7 +55,8 @@ def communicated(program: str) -> int:
 
 def measure(flags) -> None:
     """One setting."""
-    import jax  # noqa: PLC0415 - after the choice of devices
+    import _flops  # noqa: PLC0415 - after the choice of devices
+    import jax  # noqa: PLC0415
 
     from vqvae_jax import training  # noqa: PLC0415
 
@@ -65,8 +66,7 @@ def measure(flags) -> None:
     images = np.random.default_rng(0).random((flags.batch_size, *config.model.image_size, 1), np.float32)
     images = training.split_over_devices(images)
     step = training.make_train_step(config)
-    lowered = step.lower(state, images, vgg)
-    compiled = lowered.compile()
+    compiled = step.lower(state, images, vgg).compile()
     plan = compiled.memory_analysis()
 
     def run():
@@ -75,7 +75,7 @@ def measure(flags) -> None:
         return metrics
 
     _measure.report(
-        flops=lowered.cost_analysis()["flops"],
+        flops=_flops.step_flops(config, state, images, vgg),
         memory=(plan.temp_size_in_bytes + plan.argument_size_in_bytes) / _measure.MIB,
         communicated=communicated(compiled.as_text()) / _measure.MIB,
         seconds=_measure.seconds_each(run, jax.block_until_ready, flags.steps, warm_up=1) if flags.steps else None,

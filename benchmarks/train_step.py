@@ -5,7 +5,7 @@
 Forward, perceptual loss at relu3_3 with random VGG16 weights, backward, clipping, Adam, on one synthetic batch.
 Contenders run in turn, each in a process of its own. ``torch`` is PyTorch eager in float32, with its defaults;
 ``torch-best`` (always on a GPU) adds torch.compile, bfloat16 autocast, channels_last, TF32 and fused Adam. FLOPs
-are XLA's count for the JAX step before it is optimised, taken for every contender; their share is of the fastest
+are XLA's count (_flops.py), taken for every contender; their share is of the fastest
 product of two square matrices in the contender's type that any contender of that type reached.
 """
 
@@ -32,7 +32,8 @@ def configure(flags) -> Config:
 
 def run_jax(flags) -> None:
     """Measures make_train_step."""
-    import jax  # noqa: PLC0415 - each worker imports one framework, so that its memory is that one's
+    import _flops  # noqa: PLC0415 - each worker imports one framework, so that its memory is that one's
+    import jax  # noqa: PLC0415
     import jax.numpy as jnp  # noqa: PLC0415
 
     from vqvae_jax import training  # noqa: PLC0415
@@ -42,7 +43,7 @@ def run_jax(flags) -> None:
     state = training.replicate(training.create_train_state(config, 1000))
     images = jax.random.uniform(jax.random.key(0), (1, flags.batch_size, *flags.image_size, 1))
     train_step = training.make_train_step(config)
-    flops = train_step.lower(state, images, vgg).cost_analysis()["flops"]
+    flops = _flops.step_flops(config, state, images, vgg)
 
     def step():
         nonlocal state

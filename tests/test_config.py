@@ -12,6 +12,7 @@ import pytest
 
 from vqvae_jax.config import (
     PRESETS,
+    AugmentationConfig,
     Config,
     DataConfig,
     LossConfig,
@@ -23,7 +24,13 @@ from vqvae_jax.config import (
 )
 from vqvae_jax.errors import ConfigError
 
-GROUPS = {"model": ModelConfig, "data": DataConfig, "loss": LossConfig, "training": TrainingConfig}
+GROUPS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "loss": LossConfig,
+    "training": TrainingConfig,
+    "augmentation": AugmentationConfig,
+}
 NAN, INFINITY = float("nan"), float("inf")
 
 
@@ -44,7 +51,7 @@ def test_presets_survive_json(preset):
 
 def test_every_field_survives_json():
     """Each field, changed to some other value that works, comes back as it went."""
-    others = {int: lambda v: v + 8, float: lambda v: v / 2, bool: lambda v: not v, str: lambda v: v + "x"}
+    others = {int: lambda v: v + 8, float: lambda v: v / 2 or 0.25, bool: lambda v: not v, str: lambda v: v + "x"}
     special = {
         "image_size": (36, 20),
         "scale_percentiles": (1.0, 99.0),
@@ -55,6 +62,9 @@ def test_every_field_survives_json():
         "precision": "bfloat16",
         "on_bad_file": "skip",
         "fit": "resize",
+        "remat": "full",
+        "schedule": "cosine",
+        "accumulate": 2,
     }
     for group, cls in GROUPS.items():
         for field in dataclasses.fields(cls):
@@ -130,6 +140,11 @@ def test_wrong_fields_are_refused_by_file_and_field(group, name, value):
         ("training", "gradient_clip", NAN),
         ("training", "seed", -1),
         ("training", "seed", 2**32),
+        ("training", "accumulate", 3),
+        ("training", "average_decay", 1.0),
+        ("training", "warmup_steps", -1),
+        ("augmentation", "rotation", -1.0),
+        ("augmentation", "gamma", NAN),
     ],
 )
 def test_bad_values_are_refused_by_flag(group, name, value):
@@ -161,6 +176,8 @@ def test_every_field_has_its_help_below(cls):
     [
         ("training", "epochs", 60),
         ("training", "sample_images", 0),
+        ("training", "remat", "none"),
+        ("training", "early_stopping", 3),
         ("data", "data", "/elsewhere"),
         ("data", "tfds_dir", "elsewhere"),
         ("data", "memory_limit_gib", 1.0),
@@ -180,6 +197,8 @@ def test_a_resumed_run_may_change(group, name, value):
         ("loss", "perceptual_weight", 0.0),
         ("training", "batch_size", 16),
         ("training", "seed", 1),
+        ("training", "accumulate", 2),
+        ("augmentation", "flip", True),
     ],
 )
 def test_a_resumed_run_may_not_change(group, name, value):
@@ -195,3 +214,9 @@ def test_a_resumed_run_may_not_change_its_preset():
 def test_configuration_needs_no_jax():
     script = "import sys, vqvae_jax.config; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_a_cosine_ends_with_the_epochs_it_began_with():
+    old, new = (Config(training=TrainingConfig(schedule="cosine", epochs=epochs)) for epochs in (50, 60))
+    with pytest.raises(ConfigError, match="^--epochs 60 "):
+        check_resumable(old, new)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from vqvae_jax import checkpoint, config, trainer, training
+from vqvae_jax import checkpoint, config, evaluation, trainer, training
 from vqvae_jax.errors import ConfigError, DivergenceError
 
 
@@ -166,3 +166,30 @@ def test_nothing_is_compiled_after_the_first_epoch(place):
         jax.monitoring.unregister_event_duration_listener(note)
     assert after_epoch[0] > 0
     assert after_epoch[1:] == [after_epoch[1]] * 3
+
+
+def test_training_stops_when_validation_no_longer_improves(place, monkeypatch):
+    """Validation SSIM is best after the second epoch; two epochs later patience ends."""
+    scores = iter([0.1, 0.3, 0.2, 0.3, 0.5])
+    summary = evaluation.Evaluation.summary
+    monkeypatch.setattr(evaluation.Evaluation, "summary", lambda self: summary(self) | {"ssim": next(scores)})
+    said = []
+    outcome = trainer.train_and_evaluate(tiny(epochs=9, early_stopping=2), place / "stale", log=said.append)
+    assert outcome.evaluation is not None
+    assert [entry["epoch"] for entry in lines(place / "stale", "validation")] == [1, 2, 3, 4]
+    assert any("Stopped early" in line and "0.3000" in line for line in said)
+
+
+def test_averaged_weights_are_evaluated_and_training_resumes_from_the_latest(place, monkeypatch):
+    """Stopped and resumed as in one go; the checkpoint's model is the average, which differs from the weights."""
+    settings = tiny(epochs=3, average_decay=0.9)
+    trainer.train_and_evaluate(settings, place / "averaged", log=lambda line: None)
+    stop_after(4, monkeypatch)
+    trainer.train_and_evaluate(settings, place / "averaged-resumed", log=lambda line: None)
+    monkeypatch.undo()
+    trainer.train_and_evaluate(settings, place / "averaged-resumed", resume=True, log=lambda line: None)
+    states = [final_state(place / name, settings)[0] for name in ("averaged", "averaged-resumed")]
+    for name in ("params", "model_state", "opt_state", "average"):
+        jax.tree.map(np.testing.assert_array_equal, *(getattr(state, name) for state in states))
+    kernels = [jax.tree.leaves(tree)[0] for tree in (states[0].params, states[0].average["params"])]
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-4

@@ -17,7 +17,7 @@ import optax
 import pytest
 
 from vqvae_jax import training
-from vqvae_jax.config import Config, LossConfig, ModelConfig, TrainingConfig
+from vqvae_jax.config import AugmentationConfig, Config, LossConfig, ModelConfig, TrainingConfig
 from vqvae_jax.errors import ConfigError
 from vqvae_jax.models import vgg16
 from vqvae_jax.models.quantizer import CODEBOOK, EMAVectorQuantizer
@@ -208,6 +208,58 @@ def test_learning_rate_halves_every_decay_epochs():
     np.testing.assert_allclose([schedule(step) for step in range(18)], expected, rtol=1e-6)
     found, _ = updates(config, 3, [np.float32([0.5])] * 18)
     np.testing.assert_allclose(np.ravel(found), -expected, rtol=1e-4)
+
+
+def test_a_cosine_rises_and_falls():
+    config = TrainingConfig(learning_rate=1e-2, schedule="cosine", warmup_steps=4, epochs=4)
+    schedule = training.learning_rate_schedule(config, steps_per_epoch=6)
+    found = [float(schedule(step)) for step in range(25)]
+    rising = 1e-2 * np.arange(4) / 4
+    falling = 1e-2 * (1 + np.cos(np.pi * np.arange(21) / 20)) / 2
+    np.testing.assert_allclose(found, [*rising, *falling], rtol=1e-5, atol=1e-9)
+
+
+def test_weight_decay_shrinks_kernels_alone():
+    """With no gradient, AdamW multiplies what decays by 1 - learning_rate * weight_decay."""
+    config = TrainingConfig(learning_rate=1e-2, weight_decay=0.5)
+    optimizer = training.make_optimizer(config, 10)
+    params = {
+        "conv": {"kernel": np.ones(3, np.float32), "bias": np.ones(3, np.float32)},
+        "embedding": np.ones(2, np.float32),
+    }
+    updates, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
+    found = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(found["conv"]["kernel"], 1 - 1e-2 * 0.5, rtol=1e-6)
+    assert np.all(found["conv"]["bias"] == 1) and np.all(found["embedding"] == 1)
+
+
+def test_averages_follow_the_weights(vgg):
+    config = changed(average_decay=0.3)
+    state, steps = training.replicate(training.create_train_state(config, 10)), []
+    expected = jax.device_get({"params": state.params, "batch_stats": state.model_state["batch_stats"]})
+    step = training.make_train_step(config)
+    for number in range(1, 9):
+        state, _ = step(state, training.split_over_devices(batch()), vgg)
+        decay = min(0.3, (1 + number) / (10 + number))
+        now = jax.device_get({"params": state.params, "batch_stats": state.model_state["batch_stats"]})
+        expected = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * new, expected, now)
+        steps.append(decay)
+    assert min(steps) < 0.3 == max(steps)
+    found = jax.device_get(state.evaluated)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
+    assert optax.tree.norm(jax.tree.map(np.subtract, found["params"], state.params)) > 1e-3
+
+
+def test_augmentation_changes_what_is_seen_and_is_drawn_anew(initial, vgg):
+    config = dataclasses.replace(CONFIG, augmentation=AugmentationConfig(rotation=20.0, gamma=0.5))
+    step = training.make_train_step(config)
+    _, (plain,) = run(training.make_train_step(CONFIG), sgd_state(initial), vgg, 1)
+    losses = []
+    for number in (0, 0, 1):
+        state = sgd_state(initial).replace(step=jnp.int32(number))
+        losses.append(float(run(step, training.replicate(state), vgg, 1)[1][0].losses.total))
+    assert losses[0] == losses[1] != losses[2]
+    assert float(plain.losses.total) not in losses
 
 
 @pytest.mark.parametrize(("clip", "norm", "expected"), [(1.0, 50.0, 1.0), (1.0, 0.5, 0.5), (0.0, 50.0, 50.0)])

@@ -1,8 +1,8 @@
 """Save and restore a run's state: the only file that knows Orbax.
 
-A checkpoint holds ``model`` (parameters, batch statistics, codebook), ``optimizer`` (its state and the step) and
-``progress`` (JSON: epoch, data position, and whatever the trainer needs to go on), and the CRC-32 of all their
-files. The newest and the best by validation SSIM are kept.
+A checkpoint holds ``model`` (what is evaluated: parameters, batch statistics, codebook), ``optimizer`` (its state,
+the step, and where ``model`` holds averages, what they are of), ``progress`` (JSON: epoch, data position, and whatever
+the trainer needs to go on), and the CRC-32 of all their files. The newest and the best by validation SSIM are kept.
 """
 
 import json
@@ -84,7 +84,7 @@ class Checkpoints:
             # Each process has the whole state on its own devices; as NumPy arrays, Orbax writes the first one's.
             state = jax.device_get(state)
         items = ocp.args.Composite(
-            model=ocp.args.StandardSave(state.variables),
+            model=ocp.args.StandardSave(state.evaluated),
             optimizer=ocp.args.StandardSave(_optimizer_tree(state)),
             progress=ocp.args.JsonSave(progress),
         )
@@ -114,15 +114,18 @@ class Checkpoints:
           CheckpointError: there is none, it is damaged, or it belongs to another configuration.
         """
         items = ocp.args.Composite(
-            model=ocp.args.StandardRestore(_abstract(state.variables)),
+            model=ocp.args.StandardRestore(_abstract(state.evaluated)),
             optimizer=ocp.args.StandardRestore(_abstract(_optimizer_tree(state))),
             progress=ocp.args.JsonRestore(),
         )
         found = self._restore(which, items)
-        model_state = dict(found["model"])
+        variables, optimizer = dict(found["model"]), dict(found["optimizer"])
+        latest = optimizer.pop("weights", {})
+        if latest:
+            state = state.replace(average={name: variables[name] for name in latest})
+        model_state = variables | latest
         params = model_state.pop("params")
-        restored = state.replace(params=params, model_state=model_state, **found["optimizer"])
-        return restored, found["progress"]
+        return state.replace(params=params, model_state=model_state, **optimizer), found["progress"]
 
     def restore_variables(self, variables: Any, which: Which = "best") -> tuple[Any, dict[str, Any]]:
         """The model's variables alone, and the progress. ``variables`` gives their shapes.
@@ -199,7 +202,10 @@ def _best_metric(metrics: dict[str, float]) -> float:
 
 
 def _optimizer_tree(state: TrainState) -> dict[str, Any]:
-    return {"opt_state": state.opt_state, "step": state.step}
+    tree = {"opt_state": state.opt_state, "step": state.step}
+    if state.average:
+        tree["weights"] = {name: state.variables[name] for name in state.average}
+    return tree
 
 
 def _abstract(tree: Any) -> Any:

@@ -144,18 +144,29 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Optimisation: Adam, a learning rate that falls in steps, clipped gradients."""
+    """Optimisation: Adam, a learning rate that falls, clipped gradients."""
 
     epochs: int = 50
     """Passes over the training slices."""
     batch_size: int = 32
     """Slices in one step, over all devices."""
     learning_rate: float = 1e-4
-    """Adam's learning rate at the start."""
+    """Adam's highest learning rate."""
+    schedule: Literal["steps", "cosine"] = "steps"
+    """How the learning rate falls: by --learning-rate-decay every --decay-epochs, or as a cosine to 0 at the end."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate first rises from 0."""
     learning_rate_decay: float = 0.5
     """Factor on the learning rate after every --decay-epochs epochs."""
     decay_epochs: int = 20
     """Epochs between two reductions of the learning rate."""
+    weight_decay: float = 0.0
+    """Share of each kernel taken off at each step, times the learning rate (AdamW)."""
+    average_decay: float = 0.0
+    """Share of the old kept at each step in a moving average of the weights, which is what is evaluated and used;
+    0 uses the weights themselves."""
+    early_stopping: int = 0
+    """Stop after so many epochs without a better validation SSIM; 0 never does."""
     gradient_clip: float = 1.0
     """Largest global norm of the gradient; 0 switches clipping off."""
     accumulate: int = 1
@@ -179,8 +190,30 @@ class TrainingConfig:
             self.accumulate,
             f"a divisor of the batch size, {self.batch_size}",
         )
-        _require_not_negative(self, "gradient_clip", "sample_images")
+        _require_not_negative(self, "gradient_clip", "sample_images", "warmup_steps", "weight_decay", "early_stopping")
+        _require(0 <= self.average_decay < 1, "average_decay", self.average_decay, "from 0 to below 1")
         _require(0 <= self.seed <= LARGEST_SEED, "seed", self.seed, f"between 0 and {LARGEST_SEED}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AugmentationConfig:
+    """Random changes to training images, drawn anew each time one is shown; 0 leaves a kind of change out."""
+
+    flip: bool = False
+    """Mirror half of the images along their first axis (left-right in HipMRI)."""
+    rotation: float = 0.0
+    """Turn by up to this many degrees, either way."""
+    zoom: float = 0.0
+    """Enlarge or shrink by up to this share: 0.1 is from 1 / 1.1 to 1.1."""
+    shift: float = 0.0
+    """Move by up to this share of each side."""
+    gamma: float = 0.0
+    """Raise intensities to a power between exp(-gamma) and exp(gamma)."""
+    bias_field: float = 0.0
+    """Multiply by a smooth field between exp(-bias_field) and exp(bias_field)."""
+
+    def __post_init__(self):
+        _require_not_negative(self, "rotation", "zoom", "shift", "gamma", "bias_field")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,6 +226,7 @@ class Config:
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
     training: TrainingConfig = TrainingConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
 
 
 PRESETS: dict[str, Config] = {
@@ -283,19 +317,21 @@ def _check_type(field: dataclasses.Field, value: Any, source: str | Path, where:
 CHANGEABLE = {
     "data": {"data", "tfds_dir", "memory_limit_gib"},
     "loss": {"vgg_weights"},
-    "training": {"epochs", "sample_images", "remat"},
+    "training": {"epochs", "sample_images", "remat", "early_stopping"},
 }
-"""Fields that a resumed run may change; the others would make it another run."""
+"""Fields that a resumed run may change (``epochs`` not with a cosine, which ends with them); the others would make
+it another run."""
 
 
 def check_resumable(old: Config, new: Config) -> None:
     """Raises ConfigError where a resumed run's configuration differs in more than CHANGEABLE."""
     if old.preset != new.preset:
         raise ConfigError(f"--preset {new.preset} with --resume, but the run was started with {old.preset}")
-    for group in ("model", "data", "loss", "training"):
+    for group in ("model", "data", "loss", "training", "augmentation"):
         before, after = (dataclasses.asdict(getattr(config, group)) for config in (old, new))
+        fixed = {"epochs"} if old.training.schedule == "cosine" else set()
         for name, value in before.items():
-            if value != after[name] and name not in CHANGEABLE.get(group, ()):
+            if value != after[name] and name not in CHANGEABLE.get(group, set()) - fixed:
                 flag = name.replace("_", "-")
                 raise ConfigError(
                     f"--{flag} {after[name]!r} with --resume, but the run was started with {value!r}; "

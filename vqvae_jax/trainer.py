@@ -36,7 +36,8 @@ class Outcome:
 class Progress:
     """Where a run is: what a checkpoint holds beside the arrays.
 
-    ``slices`` is the number of training slices (0 where a model was imported), ``sums`` are over the epoch so far.
+    ``slices`` is the number of training slices (0 where a model was imported), ``sums`` are over the epoch so far;
+    ``best_ssim`` is the validation split's highest so far.
     """
 
     epoch: int = 0
@@ -44,6 +45,8 @@ class Progress:
     slices: int = 0
     loader: dict[str, Any] = dataclasses.field(default_factory=dict)
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    best_ssim: float = -1.0
+    best_epoch: int = 0
 
 
 @dataclasses.dataclass
@@ -188,13 +191,21 @@ class Trainer:
 
     def run(self, stop: distributed.Stop) -> None:
         """Trains until the last epoch is done or told to stop."""
-        while self._progress.epoch < self._config.training.epochs and not stop:
+        while self._progress.epoch < self._config.training.epochs and not self._stale() and not stop:
             clock = self._train_epoch(stop)
             if self._progress.steps_in_epoch < self._loader.steps_per_epoch:
                 self._save(None)
                 break
             self._finish_epoch(clock)
         self._checkpoints.wait()
+
+    def _stale(self) -> bool:
+        """Whether validation has not improved for so long that ``early_stopping`` ends the training."""
+        patience, progress = self._config.training.early_stopping, self._progress
+        stale = bool(patience) and progress.epoch - progress.best_epoch >= patience
+        if stale:
+            self._log(f"Stopped early: the best validation SSIM, {progress.best_ssim:.4f}, was {patience} epochs ago")
+        return stale
 
     def _train_epoch(self, stop: distributed.Stop) -> Clock:
         progress, clock = self._progress, Clock()
@@ -254,9 +265,11 @@ class Trainer:
     def _finish_epoch(self, clock: Clock) -> None:
         progress, steps = self._progress, self._loader.steps_per_epoch
         means = {name: total / steps for name, total in progress.sums.items()}
-        result = self._validator.run(self._state.variables)
+        result = self._validator.run(self._state.evaluated)
         summary = result.summary()
         progress.epoch, progress.steps_in_epoch, progress.sums = progress.epoch + 1, 0, {}
+        if summary["ssim"] > progress.best_ssim:
+            progress.best_ssim, progress.best_epoch = summary["ssim"], progress.epoch
         speed = {"images_per_second": clock.images / clock.total, "input_wait": clock.waiting / clock.total}
         rate = {"learning_rate": float(self._schedule(self.step - 1))}
         if self._metrics:
@@ -273,7 +286,7 @@ class Trainer:
             chosen = [int(index) for index in self._samples]
             path = self._run / workdir.SAMPLES / f"epoch_{progress.epoch:04d}.png"
             labels = [f"slice {index + 1}" for index in chosen]
-            self._validator.draw(self._state.variables, result, chosen, labels, path)
+            self._validator.draw(self._state.evaluated, result, chosen, labels, path)
         self._save(summary["ssim"])
 
     def _save(self, ssim: float | None) -> None:

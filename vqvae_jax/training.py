@@ -10,8 +10,8 @@ import numpy as np
 import optax
 from flax.training import train_state
 
-from vqvae_jax import compilation, losses
-from vqvae_jax.config import Config, TrainingConfig
+from vqvae_jax import augmentation, compilation, losses
+from vqvae_jax.config import AugmentationConfig, Config, TrainingConfig
 from vqvae_jax.errors import ConfigError
 from vqvae_jax.models import vgg16, vgg_weights
 from vqvae_jax.models.layers import BLOCK, EXPENSIVE
@@ -21,6 +21,8 @@ from vqvae_jax.models.vqvae import VQVAE
 AXIS = "batch"
 """Name of the device axis, over which gradients, batch statistics and code counts are reduced."""
 
+AUGMENTATION = 1
+"""Sets the random draws of augmentation apart from the codebook's, by the same seed."""
 KEPT = {"cheap": (EXPENSIVE, CHOICE), "full": (BLOCK, CHOICE)}
 """``remat`` -> names of what the gradient finds in memory; it computes the rest of the model again."""
 
@@ -32,15 +34,21 @@ class TrainState(train_state.TrainState):
     """Parameters, optimizer state and step, with what the model keeps beside its parameters.
 
     ``model_state`` has the collection ``batch_stats`` (batch norm's running statistics) and, with an EMA
-    codebook, ``codebook``.
+    codebook, ``codebook``. ``average`` holds moving averages of ``params`` and ``batch_stats``, or nothing.
     """
 
     model_state: Any
+    average: Any = None
 
     @property
     def variables(self) -> Variables:
-        """What the model's ``apply`` takes."""
+        """What the model's ``apply`` takes to go on training."""
         return {"params": self.params, **self.model_state}
+
+    @property
+    def evaluated(self) -> Variables:
+        """What it takes to be evaluated and used: the averages where there are any."""
+        return self.variables | (self.average or {})
 
 
 @flax.struct.dataclass
@@ -62,21 +70,42 @@ class EvalOutput:
 
 
 def learning_rate_schedule(config: TrainingConfig, steps_per_epoch: int) -> optax.Schedule:
-    """Learning rate by step: multiplied by ``learning_rate_decay`` after every ``decay_epochs`` epochs."""
-    return optax.exponential_decay(
-        config.learning_rate,
-        transition_steps=config.decay_epochs * steps_per_epoch,
-        decay_rate=config.learning_rate_decay,
-        staircase=True,
-    )
+    """Learning rate by step: linear from 0 for ``warmup_steps``, then falling in steps or as a cosine.
+
+    In steps: multiplied by ``learning_rate_decay`` after every ``decay_epochs`` epochs. As a cosine: to 0 at the
+    last step (Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts).
+    """
+    warmup = config.warmup_steps
+    if config.schedule == "cosine":
+        falling = optax.cosine_decay_schedule(config.learning_rate, max(1, config.epochs * steps_per_epoch - warmup))
+    else:
+        falling = optax.exponential_decay(
+            config.learning_rate,
+            transition_steps=config.decay_epochs * steps_per_epoch,
+            decay_rate=config.learning_rate_decay,
+            staircase=True,
+        )
+    if not warmup:
+        return falling
+    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), falling], [warmup])
 
 
 def make_optimizer(config: TrainingConfig, steps_per_epoch: int) -> optax.GradientTransformation:
-    """Adam (Kingma and Ba 2015, arXiv:1412.6980) on gradients clipped to a global norm."""
-    adam = optax.adam(learning_rate_schedule(config, steps_per_epoch))
+    """Adam (Kingma and Ba 2015, arXiv:1412.6980) on gradients clipped to a global norm.
+
+    With ``weight_decay``, AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) on kernels alone: biases, norms and
+    codes do not decay.
+    """
+    schedule = learning_rate_schedule(config, steps_per_epoch)
+    adam = optax.adamw(schedule, weight_decay=config.weight_decay, mask=_kernels) if config.weight_decay else None
+    adam = adam or optax.adam(schedule)
     if not config.gradient_clip:
         return adam
     return optax.chain(optax.clip_by_global_norm(config.gradient_clip), adam)
+
+
+def _kernels(params: Any) -> Any:
+    return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def create_train_state(config: Config, steps_per_epoch: int) -> TrainState:
@@ -93,7 +122,13 @@ def create_train_state(config: Config, steps_per_epoch: int) -> TrainState:
         model_state=variables,
         tx=make_optimizer(config.training, steps_per_epoch),
     )
-    return state.replace(step=jnp.zeros((), jnp.int32))
+    averaged = state.replace(average=_averaged(state)) if config.training.average_decay else state
+    return averaged.replace(step=jnp.zeros((), jnp.int32))
+
+
+def _averaged(state: TrainState) -> Any:
+    """What ``average`` averages. The EMA codebook is left out: its codes are averages already."""
+    return jax.tree.map(jnp.copy, {"params": state.params, "batch_stats": state.model_state["batch_stats"]})
 
 
 def load_vgg(config: Config) -> VggParams | None:
@@ -150,7 +185,13 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, VggParam
     gradient = jax.grad(make_loss(config), has_aux=True)
     parts = config.training.accumulate
 
-    def backward(state, images, vgg_params):
+    def backward(state, images, vgg_params, part=0):
+        if config.augmentation != AugmentationConfig():
+            key = jax.random.key(config.training.seed)
+            for number in (AUGMENTATION, state.step, part):
+                key = jax.random.fold_in(key, number)
+            first = jax.lax.axis_index(AXIS) * len(images)
+            images = augmentation.augment(key, images, config.augmentation, first)
         gradients, (losses, counts, model_state) = gradient(state.params, state, images, vgg_params)
         return state.replace(model_state=model_state), (gradients, losses, counts)
 
@@ -158,7 +199,13 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, VggParam
         gradients, losses, counts = found
         gradients, losses = jax.lax.pmean((gradients, losses), AXIS)
         metrics = StepMetrics(losses, optax.tree.norm(gradients), jax.lax.psum(counts, AXIS))
-        return state.apply_gradients(grads=gradients), metrics
+        state = state.apply_gradients(grads=gradients)
+        if config.training.average_decay:
+            # Young averages follow the weights closely, or they would long remember the random start.
+            decay = jnp.minimum(config.training.average_decay, (1 + state.step) / (10 + state.step))
+            average = optax.incremental_update(_averaged(state), state.average, 1 - decay)
+            state = state.replace(average=average)
+        return state, metrics
 
     if parts == 1:
         return _pmap(lambda *arguments: finish(*backward(*arguments)), (None, 0, None), (None, None), donate=(0,))
@@ -167,8 +214,8 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, VggParam
         counts = jnp.zeros(config.model.num_embeddings)
         return jax.tree.map(jnp.zeros_like, state.params), losses.Losses(*jnp.zeros(4)), counts
 
-    def add(state, sums, images, vgg_params):
-        model_state, found = backward(state, images, vgg_params)
+    def add(state, sums, images, vgg_params, part):
+        model_state, found = backward(state, images, vgg_params, part)
         return model_state, jax.tree.map(jnp.add, sums, found)
 
     def divide(state, sums):
@@ -177,13 +224,13 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, VggParam
 
     # Not a scan within one program: XLA runs convolutions in a loop several times slower on a CPU.
     begin = _pmap(zeros, (None, 0), 0)
-    add = _pmap(add, (None, 0, 0, None), (None, 0), donate=(0, 1))
+    add = _pmap(add, (None, 0, 0, None, None), (None, 0), donate=(0, 1))
     divide = _pmap(divide, (None, 0), (None, None), donate=(0,))
 
     def accumulated_step(state, images, vgg_params):
         sums = begin(state, np.arange(jax.local_device_count()))
-        for part in np.split(images, parts, axis=1):
-            state, sums = add(state, sums, part, vgg_params)
+        for number, part in enumerate(np.split(images, parts, axis=1)):
+            state, sums = add(state, sums, part, vgg_params, np.int32(number))
         return divide(state, sums)
 
     return accumulated_step
