@@ -218,5 +218,5 @@ def test_configuration_needs_no_jax():
 
 def test_a_cosine_ends_with_the_epochs_it_began_with():
     old, new = (Config(training=TrainingConfig(schedule="cosine", epochs=epochs)) for epochs in (50, 60))
-    with pytest.raises(ConfigError, match="^--epochs 60 "):
+    with pytest.raises(ConfigError, match=r"^--epochs 60 "):
         check_resumable(old, new)
