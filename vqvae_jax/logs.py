@@ -4,8 +4,6 @@ import json
 import math
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
-
 from vqvae_jax import workdir
 
 
@@ -18,6 +16,9 @@ class MetricsLog:
     """
 
     def __init__(self, run: Path, resume_step: int = 0):
+        # Imports all of PyTorch where that is installed, which takes a second that other commands need not wait.
+        from tensorboardX import SummaryWriter  # noqa: PLC0415
+
         self._path = run / workdir.METRICS
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step(line) <= resume_step]
