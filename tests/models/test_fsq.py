@@ -52,8 +52,7 @@ def test_indices_and_codes_are_one_to_one(levels):
     np.testing.assert_array_equal(found.counts, 1)
 
 
-@pytest.mark.parametrize("jit", [True, False])
-@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize(("levels", "jit"), [*((levels, True) for levels in LEVELS), (LEVELS[0], False)])
 def test_finds_the_nearest_code_to_the_bounded_latent(levels, jit):
     z = latents(2, 8, 4, len(levels))
     found = apply(levels, z, jit=jit)

@@ -171,8 +171,7 @@ def unit(vectors):
     return np.float64(vectors) / np.linalg.norm(np.float64(vectors), axis=-1, keepdims=True)
 
 
-@pytest.mark.parametrize("jit", [True, False])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "jit"), [*((shape, True) for shape in SHAPES), (SHAPES[0], False)])
 def test_cosine_finds_the_smallest_angle(shape, jit):
     codes = normal(K, D) * np.geomspace(0.01, 100, K, dtype=np.float32)[:, None]
     latents = 3 * normal(*shape, seed=1)
