@@ -20,7 +20,7 @@ def inputs(config: ModelConfig, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Images [size, H, W, 1] in [0, 1] and codes int32 [size, H/4, W/4]."""
     rng = np.random.default_rng(0)
     height, width = config.image_size
-    codes = rng.integers(0, config.num_embeddings, (size, height // 4, width // 4), np.int32)
+    codes = rng.integers(0, config.num_codes, (size, height // 4, width // 4), np.int32)
     return rng.random((size, height, width, 1), np.float32), codes
 
 

@@ -58,7 +58,11 @@ def test_every_field_survives_json():
         "slice_axis": 0,
         "data": "phantom",
         "case_pattern": r"\d+",
+        "quantizer": "fsq",
         "codebook_update": "ema",
+        "entropy_weight": 0.1,
+        "gradient_estimator": "rotation",
+        "fsq_levels": (7, 5, 4),
         "precision": "bfloat16",
         "on_bad_file": "skip",
         "fit": "resize",
@@ -96,6 +100,8 @@ def test_what_is_no_configuration_is_refused_by_file(text):
         ("model", "image_size", 256),
         ("model", "image_size", [256.0, 128]),
         ("model", "precision", "float16"),
+        ("model", "fsq_levels", [8, 5.0]),
+        ("model", "quantizer", "lfq"),
         ("data", "fit", None),
         ("data", "data", 1),
         ("loss", "perceptual_layer", None),
@@ -121,6 +127,13 @@ def test_wrong_fields_are_refused_by_file_and_field(group, name, value):
         ("model", "commitment_cost", -0.1),
         ("model", "commitment_cost", NAN),
         ("model", "ema_decay", 1.0),
+        ("model", "code_dim", -1),
+        ("model", "code_dim", 129),
+        ("model", "entropy_weight", -0.1),
+        ("model", "entropy_temperature", 0.0),
+        ("model", "fsq_levels", ()),
+        ("model", "fsq_levels", (8, 1)),
+        ("model", "fsq_levels", (2,) * 25),
         ("data", "scale_percentiles", (99.5, 0.5)),
         ("data", "scale_percentiles", (50.0, 50.0)),
         ("data", "scale_percentiles", (0.0, 100.1)),
@@ -154,6 +167,44 @@ def test_bad_values_are_refused_by_flag(group, name, value):
         GROUPS[group](**{name: value})
     with pytest.raises(ConfigError, match=rf"^a/config\.json: {flag}"):
         from_json(edited(group, name, value), "a/config.json")
+
+
+OPTIONS = {
+    "codebook_update": "ema",
+    "cosine_codes": True,
+    "code_dim": 8,
+    "entropy_weight": 0.1,
+    "gradient_estimator": "rotation",
+}
+
+
+@pytest.mark.parametrize(
+    ("beside", "name"),
+    [({"quantizer": "fsq"}, name) for name in OPTIONS]
+    + [({"published_flatten": True}, name) for name in (*OPTIONS, "quantizer")],
+)
+def test_quantizers_that_make_no_sense_are_refused_by_flag(beside, name):
+    reason = "--quantizer fsq" if "quantizer" in beside else "--published-flatten"
+    value = {**OPTIONS, "quantizer": "fsq"}[name]
+    ModelConfig(**beside)
+    ModelConfig(**{name: value})
+    with pytest.raises(ConfigError, match=rf"^--{name.replace('_', '-')} is .* with {reason}[^\n]*$"):
+        ModelConfig(**beside, **{name: value})
+
+
+def test_cosine_needs_more_than_two_directions():
+    with pytest.raises(ConfigError, match=r"^--cosine-codes .* width 1"):
+        ModelConfig(cosine_codes=True, code_dim=1)
+
+
+def test_options_of_a_codebook_go_together():
+    ModelConfig(**OPTIONS)
+
+
+def test_number_of_codes_is_that_of_the_quantizer():
+    assert ModelConfig(num_embeddings=300).num_codes == 300
+    assert ModelConfig(num_embeddings=300, quantizer="fsq").num_codes == 1000
+    assert ModelConfig(quantizer="fsq", fsq_levels=(7, 5, 4)).num_codes == 140
 
 
 def test_fields_have_names_of_their_own():
@@ -193,6 +244,9 @@ def test_a_resumed_run_may_change(group, name, value):
     [
         ("model", "hidden_channels", 64),
         ("model", "codebook_update", "ema"),
+        ("model", "quantizer", "fsq"),
+        ("model", "fsq_levels", (7, 5)),
+        ("model", "gradient_estimator", "rotation"),
         ("data", "scale_percentiles", (1.0, 99.0)),
         ("loss", "perceptual_weight", 0.0),
         ("training", "batch_size", 16),

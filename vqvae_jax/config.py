@@ -6,6 +6,7 @@ Every field is also a flag of scripts/train.py under the same name (``hidden_cha
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,6 +18,11 @@ LARGEST_SEED = 2**32 - 1
 """jax.random.key takes no more than 32 bits of a seed."""
 DOWNSAMPLING = 4
 """Image pixels for one code position, along each axis: two stride-2 convolutions."""
+
+MOST_CODES = 2**24
+"""Counts of codes are float32, which holds every whole number up to this."""
+CODEBOOK_OPTIONS = ("codebook_update", "cosine_codes", "code_dim", "entropy_weight", "gradient_estimator")
+"""Fields of ModelConfig that change how a codebook is learned."""
 
 
 def _require(condition: bool, flag: str, value: object, expected: str) -> None:
@@ -48,6 +54,9 @@ class ModelConfig:
     """Residual blocks in the encoder, and as many in the decoder."""
     embedding_dim: int = 128
     """Width D of a code."""
+    quantizer: Literal["vq", "fsq"] = "vq"
+    """A learned codebook (vq), or finite scalar quantization (fsq), which rounds and has none: of the settings
+    of codes it takes --fsq-levels alone."""
     num_embeddings: int = 1024
     """Number K of codes in the codebook."""
     commitment_cost: float = 0.25
@@ -57,6 +66,21 @@ class ModelConfig:
     with unused codes put back to use)."""
     ema_decay: float = 0.97
     """Share of the old averages kept at each step, with --codebook-update ema."""
+    cosine_codes: bool = False
+    """Bring latents and codes to length 1, so that the code at the smallest angle is chosen."""
+    code_dim: int = 0
+    """Width of the codes themselves, between learned projections from and to --embedding-dim (8 to 32 keep more
+    codes in use); 0 for no projection."""
+    entropy_weight: float = 0.0
+    """Weight of the entropy term: each latent sure of its code, all codes used alike; 0 leaves it out."""
+    entropy_temperature: float = 1.0
+    """Temperature of the entropy term: about the squared distance between neighbouring codes (for codes of
+    length 1 far below 1, such as 0.01)."""
+    gradient_estimator: Literal["straight-through", "rotation"] = "straight-through"
+    """How the gradient passes from a code to its latent: unchanged, or turned as code turns into latent (the
+    rotation trick)."""
+    fsq_levels: tuple[int, ...] = (8, 5, 5, 5)
+    """Levels of each number of a code, with --quantizer fsq; their product is the number of codes."""
     latent_norm: bool = True
     """Batch norm on the encoder's output, before the codes are chosen."""
     published_flatten: bool = False
@@ -83,6 +107,42 @@ class ModelConfig:
         _require_not_negative(self, "residual_blocks", "commitment_cost")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "from 0 to below 1")
         _require(self.num_embeddings >= 2, "num_embeddings", self.num_embeddings, "2 or more")
+        self._check_quantizer()
+
+    @property
+    def num_codes(self) -> int:
+        """Number K of codes, of whichever quantizer."""
+        return math.prod(self.fsq_levels) if self.quantizer == "fsq" else self.num_embeddings
+
+    def _check_quantizer(self) -> None:
+        object.__setattr__(self, "fsq_levels", tuple(self.fsq_levels))
+        _require(
+            len(self.fsq_levels) > 0
+            and all(levels >= 2 for levels in self.fsq_levels)
+            and math.prod(self.fsq_levels) <= MOST_CODES,
+            "fsq_levels",
+            self.fsq_levels,
+            f"numbers of 2 or more whose product is at most {MOST_CODES}",
+        )
+        _require(
+            0 <= self.code_dim <= self.embedding_dim,
+            "code_dim",
+            self.code_dim,
+            f"from 1 to the embedding's width, {self.embedding_dim}, or 0 for no projection",
+        )
+        _require_not_negative(self, "entropy_weight")
+        _require_positive(self, "entropy_temperature")
+        width = self.code_dim or self.embedding_dim
+        _require(width > 1 or not self.cosine_codes, "cosine_codes", True, "off for codes of width 1: all are 1 or -1")
+        if self.quantizer == "fsq":
+            self._require_defaults(CODEBOOK_OPTIONS, "with --quantizer fsq, which has no codebook")
+        if self.published_flatten:
+            self._require_defaults(("quantizer", *CODEBOOK_OPTIONS), "with --published-flatten: the published model")
+
+    def _require_defaults(self, names: tuple[str, ...], why: str) -> None:
+        for name in names:
+            default = getattr(type(self), name)
+            _require(getattr(self, name) == default, name, getattr(self, name), f"{default!r} {why}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -306,6 +366,7 @@ def _check_type(field: dataclasses.Field, value: Any, source: str | Path, where:
         str: lambda v: isinstance(v, str),
         str | None: lambda v: v is None or isinstance(v, str),
         tuple[int, int]: lambda v: isinstance(v, list) and all(type(x) is int for x in v),
+        tuple[int, ...]: lambda v: isinstance(v, list) and all(type(x) is int for x in v),
         tuple[float, float]: lambda v: isinstance(v, list) and all(type(x) in (int, float) for x in v),
     }
     check = accepted.get(field.type, lambda v: v in get_args(field.type))

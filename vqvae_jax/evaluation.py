@@ -95,7 +95,7 @@ class Evaluator:
     def run(self, variables: Any, *, published_protocol: bool = False) -> Evaluation:
         """Metrics of every slice; with ``published_protocol`` also the published project's SSIM."""
         published_ssim: dict[int, float] = {}
-        counts = np.zeros(self._config.model.num_embeddings)
+        counts = np.zeros(self._config.model.num_codes)
         rows: dict[int, SliceMetrics] = {}
         waiting: dict[tuple[int, int], list] = defaultdict(list)
         share = {"process_index": jax.process_index(), "process_count": jax.process_count()}

@@ -211,7 +211,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, VggParam
         return _pmap(lambda *arguments: finish(*backward(*arguments)), (None, 0, None), (None, None), donate=(0,))
 
     def zeros(state, _device):
-        counts = jnp.zeros(config.model.num_embeddings)
+        counts = jnp.zeros(config.model.num_codes)
         return jax.tree.map(jnp.zeros_like, state.params), losses.Losses(*jnp.zeros(4)), counts
 
     def add(state, sums, images, vgg_params, part):
@@ -253,7 +253,7 @@ def make_eval_step(config: Config) -> Callable[[Variables, jax.Array, jax.Array]
         output = model.apply(variables, images, train=False)
         indices = output.quantizer.indices
         weights = jnp.broadcast_to(mask[:, None, None], indices.shape).reshape(-1)
-        counts = jnp.zeros(config.model.num_embeddings).at[indices.reshape(-1)].add(weights)
+        counts = jnp.zeros(config.model.num_codes).at[indices.reshape(-1)].add(weights)
         return output.reconstruction, indices, jax.lax.psum(counts, AXIS)
 
     pmapped = _pmap(eval_step, (None, 0, 0), (0, 0, None))

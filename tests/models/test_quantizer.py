@@ -1,18 +1,20 @@
 """The quantizer picks the codes a brute-force search picks, and its gradients are those of the paper."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqvae_jax.models.quantizer import CODEBOOK, DEAD_BELOW, EMAVectorQuantizer, VectorQuantizer
+from vqvae_jax.models.quantizer import CODEBOOK, DEAD_BELOW, EMAVectorQuantizer, VectorQuantizer, entropy_loss
 
 K, D, COST = 16, 4, 0.25
 SHAPES = [(2, 8, 4, D), (5, D), (D,), (1, 3, 5, 2, D)]
 
 
-def quantizer(k=K, d=D, cost=COST):
-    return VectorQuantizer(num_embeddings=k, embedding_dim=d, commitment_cost=cost)
+def quantizer(k=K, d=D, cost=COST, **options):
+    return VectorQuantizer(num_embeddings=k, embedding_dim=d, commitment_cost=cost, **options)
 
 
 def normal(*shape, seed=0):
@@ -23,14 +25,17 @@ def initial(k, d):
     return jax.jit(quantizer(k, d).init)(jax.random.key(0), jnp.zeros((1, d)))
 
 
-def apply(codes, latents, cost=COST, **keywords):
+OPTIONS = ("cost", "cosine", "entropy_weight", "entropy_temperature")
+
+
+def apply(codes, latents, method=None, **options):
     """What the quantizer with these codes makes of the latents."""
     variables = initial(*codes.shape)
     variables = variables | {"params": variables["params"] | {"embedding": codes}}
-    return quantizer(*codes.shape, cost).apply(variables, latents, **keywords)
+    return quantizer(*codes.shape, **options).apply(variables, latents, method=method)
 
 
-jitted = jax.jit(apply, static_argnames=("cost", "method"))
+jitted = jax.jit(apply, static_argnames=(*OPTIONS, "method"))
 
 
 def nearest(codes, latents):
@@ -159,13 +164,142 @@ def test_lookup_gives_the_codes(shape):
     np.testing.assert_array_equal(apply(codes, indices, method="lookup"), codes[indices])
 
 
+# Cosine: latents and codes of length 1.
+
+
+def unit(vectors):
+    return np.float64(vectors) / np.linalg.norm(np.float64(vectors), axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize(("shape", "jit"), [*((shape, True) for shape in SHAPES), (SHAPES[0], False)])
+def test_cosine_finds_the_smallest_angle(shape, jit):
+    codes = normal(K, D) * np.geomspace(0.01, 100, K, dtype=np.float32)[:, None]
+    latents = 3 * normal(*shape, seed=1)
+    expected = np.argmax(unit(latents) @ unit(codes).T, axis=-1)
+    found = (jitted if jit else apply)(codes, latents, cosine=True)
+    np.testing.assert_array_equal(found.indices, expected)
+    np.testing.assert_allclose(found.quantized, unit(codes)[expected], rtol=1e-5, atol=1e-6)
+    distance = np.mean((unit(latents) - unit(codes)[expected]) ** 2)
+    np.testing.assert_allclose(found.codebook_loss, distance, rtol=1e-4)
+    np.testing.assert_allclose(found.loss, (1 + COST) * distance, rtol=1e-4)
+
+
+def test_cosine_sees_no_length():
+    """Lengths that would decide a choice by distance, as the same codes show."""
+    codes, latents = normal(K, D), normal(256, D, seed=1)
+    longer = codes * np.geomspace(0.01, 100, K, dtype=np.float32)[:, None]
+    found, same = jitted(codes, latents, cosine=True), jitted(longer, 7 * latents, cosine=True)
+    np.testing.assert_array_equal(found.indices, same.indices)
+    np.testing.assert_allclose(found.quantized, same.quantized, rtol=1e-5, atol=1e-6)
+    assert np.mean(np.asarray(jitted(longer, latents).indices) != found.indices) > 0.5
+
+
+def test_cosine_looks_up_codes_of_length_1():
+    codes = 5 * normal(K, D)
+    found = apply(codes, np.arange(K), cosine=True, method="lookup")
+    np.testing.assert_allclose(found, unit(codes), rtol=1e-5, atol=1e-6)
+
+
+def test_cosine_gradients_pass_through_the_lengths():
+    """By hand: what reaches z / |z|, less its part along z, over |z|."""
+    codes, latents, cotangent = normal(K, D), normal(50, D, seed=1), normal(50, D, seed=2)
+    z = unit(latents)
+    chosen = np.argmax(z @ unit(codes).T, axis=-1)
+
+    def tangent(vectors):
+        return (vectors - z * (vectors * z).sum(-1, keepdims=True)) / np.linalg.norm(latents, axis=-1, keepdims=True)
+
+    found = jax.grad(lambda z: jnp.sum(apply(codes, z, cosine=True).quantized * cotangent))(latents)
+    np.testing.assert_allclose(found, tangent(cotangent), rtol=1e-4, atol=1e-5)
+    found = jax.grad(lambda z: apply(codes, z, cosine=True).commitment_loss)(latents)
+    np.testing.assert_allclose(found, tangent(2 * (z - unit(codes)[chosen]) / z.size), rtol=1e-4, atol=1e-6)
+
+
+def test_cosine_of_a_zero_latent_is_finite():
+    latents = normal(4, D) * np.float32([[1], [0], [1], [1]])
+    loss, gradient = jax.value_and_grad(lambda z: apply(normal(K, D), z, cosine=True).loss)(latents)
+    assert np.isfinite(loss)
+    assert np.isfinite(gradient).all()
+
+
+def test_cosine_codes_start_with_length_1():
+    codes = quantizer(512, cosine=True).init(jax.random.key(0), normal(1, D))["params"]["embedding"]
+    np.testing.assert_allclose(np.linalg.norm(codes, axis=1), 1, rtol=1e-5)
+    assert np.linalg.norm(np.mean(codes, axis=0)) < 0.2
+
+
+# Entropy of soft assignments.
+
+
+def assignments(codes, latents, temperature):
+    """softmax(-|z - e|^2 / temperature) by brute force: float64 [N, K]."""
+    distances = ((np.float64(latents).reshape(-1, 1, D) - np.float64(codes)) ** 2).sum(-1)
+    p = np.exp(-(distances - distances.min(axis=1, keepdims=True)) / temperature)
+    return p / p.sum(axis=1, keepdims=True)
+
+
+def entropy(p):
+    return -np.sum(np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0), axis=-1)
+
+
+def expected_entropy_loss(codes, latents, temperature):
+    p = assignments(codes, latents, temperature)
+    return entropy(p).mean() - entropy(p.mean(axis=0))
+
+
+@pytest.mark.parametrize("cosine", [True, False])
+@pytest.mark.parametrize("temperature", [0.01, 1.0, 10.0])
+def test_entropy_loss_is_that_of_the_soft_assignments(temperature, cosine):
+    codes, latents = normal(K, D), normal(2, 8, 4, D, seed=1)
+    expected = expected_entropy_loss(*((unit(codes), unit(latents)) if cosine else (codes, latents)), temperature)
+    options = {"entropy_weight": 0.5, "entropy_temperature": temperature, "cosine": cosine}
+    found = jitted(codes, latents, **options)
+    np.testing.assert_allclose(found.entropy_loss, expected, rtol=1e-4, atol=1e-6)
+    without = found.codebook_loss + COST * found.commitment_loss
+    np.testing.assert_allclose(found.loss, without + 0.5 * expected, rtol=1e-4, atol=1e-6)
+    assert jitted(codes, latents, cosine=cosine).entropy_loss == 0
+
+
+def test_entropy_loss_lies_between_its_bounds():
+    """-log K where each latent is sure of its code and all are used alike; 0 where all latents are the same."""
+    codes = normal(K, D)
+    np.testing.assert_allclose(entropy_loss(codes, codes, 1e-3), -np.log(K), rtol=1e-5)
+    for temperature in (1e-3, 1.0):
+        same = entropy_loss(np.repeat(codes[:1], 9, axis=0), codes, temperature)
+        np.testing.assert_allclose(same, 0, atol=1e-5)
+    assert entropy_loss(codes[:0], codes, 1.0) == 0
+
+
+def test_entropy_gradient_is_the_slope():
+    """Along a random direction, of latents and codes, against float64 differences."""
+    codes, latents = normal(K, D), normal(40, D, seed=1)
+    directions = normal(K, D, seed=2), normal(40, D, seed=3)
+    found = jax.jit(jax.grad(lambda c, z: entropy_loss(z, c, 0.7), argnums=(0, 1)))(codes, latents)
+    for which, direction in enumerate(directions):
+        step = 1e-5 * np.float64(direction)
+        moved = [[np.float64(x) for x in (codes, latents)] for _ in range(2)]
+        moved[0][which] += step
+        moved[1][which] -= step
+        slope = np.subtract(*(expected_entropy_loss(*each, 0.7) for each in moved)) / 2e-5
+        assert abs(slope) > 1e-3
+        np.testing.assert_allclose(np.sum(found[which] * direction), slope, rtol=1e-3)
+
+
+def test_entropy_gradient_is_finite_where_nothing_chooses_a_code():
+    codes = normal(K, D)
+    codes[3] = 1e4
+    assert assignments(codes, normal(40, D, seed=1), 0.01)[:, 3].max() == 0
+    found = jax.grad(lambda c, z: entropy_loss(z, c, 0.01), argnums=(0, 1))(codes, normal(40, D, seed=1))
+    assert all(np.isfinite(each).all() for each in found)
+
+
 # Moving averages instead of gradients. Kept in the collection CODEBOOK: embedding, counts, sums, started.
 
 DECAY = 0.9
 
 
-def ema(k=K):
-    return EMAVectorQuantizer(num_embeddings=k, embedding_dim=D, commitment_cost=COST, decay=DECAY)
+def ema(k=K, **options):
+    return EMAVectorQuantizer(num_embeddings=k, embedding_dim=D, commitment_cost=COST, decay=DECAY, **options)
 
 
 def running(codes, counts):
@@ -174,10 +308,10 @@ def running(codes, counts):
     return {"embedding": codes, "counts": counts, "sums": codes * counts[:, None], "started": np.ones((), bool)}
 
 
-@jax.jit
-def ema_step(codebook, latents):
+@functools.partial(jax.jit, static_argnames="cosine")
+def ema_step(codebook, latents, cosine=False):
     """Output and new codebook of one training step."""
-    quantizer = ema(len(codebook["counts"]))
+    quantizer = ema(len(codebook["counts"]), cosine=cosine)
     rngs = {CODEBOOK: jax.random.key(0)}
     output, new = quantizer.apply({CODEBOOK: codebook}, latents, train=True, mutable=CODEBOOK, rngs=rngs)
     return output, new[CODEBOOK]
@@ -248,3 +382,36 @@ def test_moving_averages_leave_only_the_commitment_term():
     np.testing.assert_allclose(
         found, COST * expected_gradients(codebook["embedding"], latents)[1], rtol=1e-5, atol=1e-8
     )
+
+
+def test_moving_averages_of_directions_keep_length_1():
+    """One step as by hand; after many, the running sums are still no longer than the counts."""
+    codes, latents = np.float32(unit(normal(K, D))), 5 * normal(256, D, seed=1)
+    output, found = ema_step(running(codes, np.ones(K)), latents, cosine=True)
+    chosen = np.argmax(unit(latents) @ unit(codes).T, axis=-1)
+    sums = np.zeros((K, D))
+    np.add.at(sums, chosen, unit(latents))
+    np.testing.assert_array_equal(output.indices, chosen)
+    np.testing.assert_allclose(output.quantized, codes[chosen], rtol=1e-5, atol=1e-6)
+    expected = unit(DECAY * codes + (1 - DECAY) * sums)
+    np.testing.assert_allclose(found["embedding"], expected, rtol=1e-4, atol=1e-5)
+    for seed in range(2, 12):
+        _, found = ema_step(found, 5 * normal(256, D, seed=seed), cosine=True)
+    np.testing.assert_allclose(np.linalg.norm(found["embedding"], axis=1), 1, rtol=1e-5)
+    assert np.all(np.linalg.norm(found["sums"], axis=1) <= found["counts"] * (1 + 1e-5))
+
+
+def test_directions_are_started_and_revived_as_directions():
+    latents = 5 * normal(256, D, seed=1)
+    initial = ema(cosine=True).init(jax.random.key(0), latents)[CODEBOOK]
+    first, codebook = ema_step(initial, latents, cosine=True)
+    np.testing.assert_allclose(np.linalg.norm(codebook["embedding"], axis=1), 1, rtol=1e-5)
+    assert np.all(first.counts > 0)
+    untrained = ema(cosine=True).apply({CODEBOOK: initial}, latents)
+    assert first.commitment_loss < 0.8 * untrained.commitment_loss
+    codebook = running(unit(normal(K, D)), np.ones(K))
+    codebook["counts"][3], codebook["sums"][3] = 0, 0
+    codebook["embedding"][3] = 1e4  # chosen by no latent
+    _, found = ema_step(codebook, latents[:64], cosine=True)
+    assert np.abs(unit(latents) - found["embedding"][3]).max(axis=1).min() < 1e-5
+    np.testing.assert_allclose(np.linalg.norm(found["embedding"], axis=1), 1, rtol=1e-5)

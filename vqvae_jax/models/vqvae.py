@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from vqvae_jax.config import ModelConfig
+from vqvae_jax.models.estimators import rotation_trick, straight_through
+from vqvae_jax.models.fsq import FiniteScalarQuantizer
 from vqvae_jax.models.layers import (
     Conv,
     Downsample,
@@ -16,7 +18,10 @@ from vqvae_jax.models.layers import (
     Upsample,
     leaky_relu,
 )
+from vqvae_jax.models.projection import ProjectedQuantizer
 from vqvae_jax.models.quantizer import EMAVectorQuantizer, QuantizerOutput, VectorQuantizer
+
+ESTIMATORS = {"straight-through": straight_through, "rotation": rotation_trick}
 
 
 class Encoder(nn.Module):
@@ -73,12 +78,38 @@ class VQVAEOutput:
     quantizer: QuantizerOutput
 
 
+def make_quantizer(config: ModelConfig, axis_name: str | None = None) -> nn.Module:
+    """The quantizer of a configuration, for latents [..., embedding_dim].
+
+    Every quantizer has the interface of ``VectorQuantizer``: a call with ``train`` that returns a
+    ``QuantizerOutput``, and ``lookup``. ``axis_name`` is the pmapped axis whose devices share it.
+    """
+    if config.quantizer == "fsq":
+        rounding = FiniteScalarQuantizer(config.fsq_levels)
+        return ProjectedQuantizer(rounding, len(config.fsq_levels), config.embedding_dim)
+    options = {
+        "num_embeddings": config.num_embeddings,
+        "embedding_dim": config.code_dim or config.embedding_dim,
+        "commitment_cost": config.commitment_cost,
+        "cosine": config.cosine_codes,
+        "entropy_weight": config.entropy_weight,
+        "entropy_temperature": config.entropy_temperature,
+        "estimator": ESTIMATORS[config.gradient_estimator],
+        "axis_name": axis_name,
+    }
+    if config.codebook_update == "ema":
+        codebook = EMAVectorQuantizer(**options, decay=config.ema_decay)
+    else:
+        codebook = VectorQuantizer(**options)
+    return ProjectedQuantizer(codebook, config.code_dim, config.embedding_dim) if config.code_dim else codebook
+
+
 class VQVAE(nn.Module):
     """A vector-quantized variational autoencoder (van den Oord et al. 2017, arXiv:1711.00937).
 
     Attributes:
       config: widths, number of codes, compute type.
-      axis_name: the pmapped axis over which batch norm takes its statistics; None on one device.
+      axis_name: the pmapped axis over which batch norm and the quantizer take their statistics; None on one device.
 
     Example:
       >>> model = VQVAE(ModelConfig(image_size=(32, 16), hidden_channels=16, num_embeddings=64))
@@ -105,11 +136,7 @@ class VQVAE(nn.Module):
             "dtype": jnp.dtype(config.precision),
         }
         self.encoder = Encoder(embedding_dim=config.embedding_dim, latent_norm=config.latent_norm, **shared)
-        codebook = (config.num_embeddings, config.embedding_dim, config.commitment_cost)
-        if config.codebook_update == "ema":
-            self.quantizer = EMAVectorQuantizer(*codebook, config.ema_decay, self.axis_name)
-        else:
-            self.quantizer = VectorQuantizer(*codebook)
+        self.quantizer = make_quantizer(config, self.axis_name)
         self.decoder = Decoder(**shared)
 
     def __call__(self, images: jax.Array, *, train: bool = False) -> VQVAEOutput:
