@@ -55,6 +55,12 @@ def test_every_field_survives_json():
         "precision": "bfloat16",
         "on_bad_file": "skip",
         "fit": "resize",
+        "reconstruction": "charbonnier",
+        "perceptual_layers": ("relu1_2", "relu2_2"),
+        "ssim_weight": 0.5,
+        "ms_ssim_weight": 0.5,
+        "accumulate": 4,
+        "remat": "full",
     }
     for group, cls in GROUPS.items():
         for field in dataclasses.fields(cls):
@@ -88,7 +94,10 @@ def test_what_is_no_configuration_is_refused_by_file(text):
         ("model", "precision", "float16"),
         ("data", "fit", None),
         ("data", "data", 1),
-        ("loss", "perceptual_layer", None),
+        ("loss", "perceptual_layers", None),
+        ("loss", "perceptual_layers", "relu1_1"),
+        ("loss", "perceptual_layers", [1]),
+        ("loss", "reconstruction", "huber"),
     ],
 )
 def test_wrong_fields_are_refused_by_file_and_field(group, name, value):
@@ -120,6 +129,10 @@ def test_wrong_fields_are_refused_by_file_and_field(group, name, value):
         ("data", "phantom_cases", 0),
         ("loss", "perceptual_weight", -1.0),
         ("loss", "perceptual_weight", INFINITY),
+        ("loss", "perceptual_layers", ()),
+        ("loss", "perceptual_layers", ("relu1_1", "relu1_1")),
+        ("loss", "ssim_weight", -0.1),
+        ("loss", "ms_ssim_weight", NAN),
         ("training", "epochs", 0),
         ("training", "batch_size", -8),
         ("training", "learning_rate", 0.0),
@@ -178,6 +191,9 @@ def test_a_resumed_run_may_change(group, name, value):
         ("model", "codebook_update", "ema"),
         ("data", "scale_percentiles", (1.0, 99.0)),
         ("loss", "perceptual_weight", 0.0),
+        ("loss", "perceptual_layers", ("relu1_2", "relu2_2")),
+        ("loss", "reconstruction", "l2"),
+        ("loss", "ssim_weight", 0.5),
         ("training", "batch_size", 16),
         ("training", "seed", 1),
     ],

@@ -26,7 +26,7 @@ from vqvae_jax.models.vqvae import VQVAE
 MODEL = ModelConfig(image_size=(32, 16), hidden_channels=8, embedding_dim=4, num_embeddings=16, residual_blocks=0)
 CONFIG = Config(
     model=MODEL,
-    loss=LossConfig(perceptual_layer="relu1_1", vgg_weights="random"),
+    loss=LossConfig(perceptual_layers=("relu1_1",), vgg_weights="random"),
     training=TrainingConfig(batch_size=8, learning_rate=3e-3),
 )
 SGD_RATE = 0.1
