@@ -41,7 +41,7 @@ def measure(flags) -> None:
 
     compilation.use_cache()
     config = PRESETS[flags.preset]
-    loss = LossConfig(perceptual_layer=config.loss.perceptual_layer, vgg_weights="random")
+    loss = LossConfig(perceptual_layers=config.loss.perceptual_layers, vgg_weights="random")
     config = dataclasses.replace(config, loss=loss)
     vgg = training.replicate(training.load_vgg(config))
     state = jax.block_until_ready(training.replicate(training.create_train_state(config, 1000)))

@@ -69,6 +69,10 @@ def test_every_field_survives_json():
         "remat": "full",
         "schedule": "cosine",
         "accumulate": 2,
+        "reconstruction": "charbonnier",
+        "perceptual_layers": ("relu1_2", "relu2_2"),
+        "ssim_weight": 0.5,
+        "ms_ssim_weight": 0.5,
     }
     for group, cls in GROUPS.items():
         for field in dataclasses.fields(cls):
@@ -104,7 +108,10 @@ def test_what_is_no_configuration_is_refused_by_file(text):
         ("model", "quantizer", "lfq"),
         ("data", "fit", None),
         ("data", "data", 1),
-        ("loss", "perceptual_layer", None),
+        ("loss", "perceptual_layers", None),
+        ("loss", "perceptual_layers", "relu1_1"),
+        ("loss", "perceptual_layers", [1]),
+        ("loss", "reconstruction", "huber"),
     ],
 )
 def test_wrong_fields_are_refused_by_file_and_field(group, name, value):
@@ -143,6 +150,10 @@ def test_wrong_fields_are_refused_by_file_and_field(group, name, value):
         ("data", "phantom_cases", 0),
         ("loss", "perceptual_weight", -1.0),
         ("loss", "perceptual_weight", INFINITY),
+        ("loss", "perceptual_layers", ()),
+        ("loss", "perceptual_layers", ("relu1_1", "relu1_1")),
+        ("loss", "ssim_weight", -0.1),
+        ("loss", "ms_ssim_weight", NAN),
         ("training", "epochs", 0),
         ("training", "batch_size", -8),
         ("training", "learning_rate", 0.0),
@@ -249,6 +260,9 @@ def test_a_resumed_run_may_change(group, name, value):
         ("model", "gradient_estimator", "rotation"),
         ("data", "scale_percentiles", (1.0, 99.0)),
         ("loss", "perceptual_weight", 0.0),
+        ("loss", "perceptual_layers", ("relu1_2", "relu2_2")),
+        ("loss", "reconstruction", "l2"),
+        ("loss", "ssim_weight", 0.5),
         ("training", "batch_size", 16),
         ("training", "seed", 1),
         ("training", "accumulate", 2),

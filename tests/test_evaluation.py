@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from vqvae_jax import evaluation, training, workdir
+from vqvae_jax import evaluation, losses, metrics, training, workdir
 from vqvae_jax.config import PRESETS, LossConfig
 from vqvae_jax.data import loader, nifti
+from vqvae_jax.models import vgg16
 
 SIZE = (32, 16)
 SHAPES = [(32, 16), (32, 24), (32, 16), (24, 16), (40, 16)]
@@ -59,6 +60,53 @@ def test_every_metric_equals_scikit_images_on_the_slices_own_grid(setup):
         np.testing.assert_allclose(row.mae, np.abs(own - sample.pixels).mean(), atol=1e-6)
 
 
+def test_the_other_metrics_are_those_of_each_slice_alone(setup):
+    """Against the metrics' own functions, which have tests of their own: batches and padding change nothing."""
+    config, slices, variables, apply = setup
+    found = evaluation.Evaluator(config, slices).run(variables)
+    for index, row in enumerate(found.rows):
+        sample = slices.sample(index)
+        output = jax.jit(apply)(variables, slices[index][None])
+        own = nifti.unfit(np.asarray(output.reconstruction)[0, ..., 0], SHAPES[index], config.data.fit)
+        np.testing.assert_allclose(row.ms_ssim, metrics.ms_ssim(own[None], sample.pixels[None])[0], atol=1e-5)
+        np.testing.assert_allclose(row.hfen, metrics.hfen(own[None], sample.pixels[None])[0], rtol=1e-4)
+        assert row.ms_ssim != row.ssim and row.hfen > 0.1
+    summary = found.summary()
+    assert summary["hfen"] == pytest.approx(np.mean([row.hfen for row in found.rows]))
+    assert summary["ms_ssim"] == pytest.approx(np.mean([row.ms_ssim for row in found.rows]))
+    text = "\n".join(evaluation.describe(found, "as stated"))
+    assert f"MS-SSIM: {summary['ms_ssim']:.4f}" in text and f"norm: {summary['hfen']:.4f}" in text
+    assert "perceptual" not in summary and "perceptual" not in text
+
+
+def test_perceptual_distance_where_there_are_weights_and_room(setup):
+    """relu4_1 lies behind three pools: 8 pixels a side. A slice of 7 x 7 has every other metric."""
+    config, _, variables, _ = setup
+    layers = ("relu1_1", "relu4_1")
+    config = dataclasses.replace(config, loss=LossConfig(perceptual_layers=layers))
+    slices = loader.Slices([record(0, (32, 16)), record(1, (7, 7))], config.data, SIZE)
+    vgg = vgg16.random_variables("relu4_1")
+    found = evaluation.Evaluator(config, slices, vgg).run(variables)
+    large, small = found.rows
+    pixels = slices.sample(0).pixels[None, ..., None]
+    output = training.make_eval_step(config)(variables, slices[0][None, None], np.ones((1, 1)))
+    image, original = (vgg16.VGG16(layers).apply(vgg, x) for x in (output.reconstruction[0], pixels))
+    np.testing.assert_allclose(large.perceptual, losses.perceptual_loss(image, original), rtol=1e-3)
+    assert found.summary()["perceptual"] == large.perceptual > 0
+    assert np.isnan(small.perceptual)
+    assert np.isfinite([small.ssim, small.psnr, small.mae, small.ms_ssim, small.hfen]).all()
+    assert "perceptual distance: " in "".join(evaluation.describe(found, "as stated"))
+
+
+def test_a_slice_of_one_value_leaves_the_mean_error_norm_of_the_others():
+    row = evaluation.SliceMetrics("f", "c", 0, 8, 8, ssim=0.5, psnr=20, mae=0.1, ms_ssim=0.5, hfen=0.5)
+    flat = dataclasses.replace(row, hfen=float("nan"))
+    assert evaluation.Evaluation([row, flat], np.ones(4), 4).summary()["hfen"] == 0.5
+    assert np.isnan(evaluation.Evaluation([flat], np.ones(4), 4).summary()["hfen"])
+    broken = dataclasses.replace(row, ssim=float("nan"))
+    assert np.isnan(evaluation.Evaluation([row, broken], np.ones(4), 4).summary()["ssim"])
+
+
 def test_means_and_counts_do_not_depend_on_the_batch(setup):
     config, slices, variables, _ = setup
     results = []
@@ -77,6 +125,9 @@ def test_bits_per_pixel_counts_the_slices_own_pixels(setup):
     summary = evaluation.Evaluator(config, slices).run(variables).summary()
     pixels = sum(height * width for height, width in SHAPES)
     np.testing.assert_allclose(summary["bits_per_pixel"], len(SHAPES) * 8 * 4 * 4 / pixels)
+    per_code = np.log2(summary["perplexity"])
+    assert 0 < per_code < 4
+    np.testing.assert_allclose(summary["bits_per_pixel_entropy"], len(SHAPES) * 8 * 4 * per_code / pixels, rtol=1e-5)
 
 
 def test_results_are_written_for_every_slice(setup, tmp_path):

@@ -167,7 +167,7 @@ def test_a_zip_that_reaches_outside_itself(tmp_path):
     [
         (["--image-size", "30", "16"], ["--image-size", "multiples of 4"]),
         (["--learning-rate", "-1"], ["--learning-rate"]),
-        (["--perceptual-layer", "relu9_9"], ["relu9_9"]),
+        (["--perceptual-layers", "relu9_9"], ["relu9_9"]),
         (["--vgg-weights", "missing.safetensors"], ["missing.safetensors"]),
         (["--batch-size", "64"], ["--batch-size"]),
         (["--workdir", "/proc/nowhere"], ["--workdir /proc/nowhere"]),

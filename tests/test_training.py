@@ -26,7 +26,7 @@ from vqvae_jax.models.vqvae import VQVAE
 MODEL = ModelConfig(image_size=(32, 16), hidden_channels=8, embedding_dim=4, num_embeddings=16, residual_blocks=0)
 CONFIG = Config(
     model=MODEL,
-    loss=LossConfig(perceptual_layer="relu1_1", vgg_weights="random"),
+    loss=LossConfig(perceptual_layers=("relu1_1",), vgg_weights="random"),
     training=TrainingConfig(batch_size=8, learning_rate=3e-3),
 )
 SGD_RATE = 0.1
@@ -100,6 +100,54 @@ def test_metrics_are_those_of_the_batch(train_step, state, vgg, initial):
     np.testing.assert_allclose(found.losses.quantizer, output.quantizer.loss, rtol=1e-5)
     np.testing.assert_allclose(found.losses.total, l1 + 0.1 * perceptual + output.quantizer.loss, rtol=1e-5)
     np.testing.assert_array_equal(found.counts, np.bincount(np.ravel(output.quantizer.indices), minlength=16))
+
+
+OPTIONS = {
+    "l2": LossConfig(reconstruction="l2", perceptual_weight=0),
+    "charbonnier": LossConfig(reconstruction="charbonnier", perceptual_weight=0),
+    "ssim": LossConfig(ssim_weight=0.5, perceptual_weight=0),
+    "ms_ssim": LossConfig(ms_ssim_weight=0.5, perceptual_weight=0),
+    "layers": LossConfig(perceptual_layers=("relu1_1", "relu2_1"), vgg_weights="random"),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_model_learns_by_each_loss(option, state):
+    """The total falls, and the part that the option brings in falls with it."""
+    config = dataclasses.replace(CONFIG, loss=OPTIONS[option])
+    vgg = training.replicate(training.load_vgg(config))
+    _, metrics = run(training.make_train_step(config), state, vgg, 8)
+    part = {"ssim": "ssim", "ms_ssim": "ms_ssim", "layers": "perceptual"}.get(option, "reconstruction")
+    for name in ("total", part):
+        values = [float(getattr(found.losses, name)) for found in metrics]
+        assert np.isfinite(values).all()
+        assert 0 < values[-1] < values[0], name
+    off = {"ssim", "ms_ssim", "perceptual"} - {part}
+    assert all(getattr(metrics[0].losses, name) == 0 for name in off)
+
+
+def test_the_perceptual_part_is_the_mean_of_its_layers(state):
+    """Recomputed from the model's output, for each layer by itself."""
+    config = dataclasses.replace(CONFIG, loss=OPTIONS["layers"])
+    vgg = training.load_vgg(config)
+    loss = jax.vmap(training.make_loss(config), (None, None, 0, None), axis_name=training.AXIS)
+    parts = jax.jit(loss)(state.params, state, batch()[None], vgg)[1][0]
+    output, _ = jax.jit(lambda v, x: VQVAE(MODEL).apply(v, x, train=True, mutable="batch_stats"))(
+        state.variables, batch()
+    )
+    features = jax.jit(vgg16.VGG16(("relu1_1", "relu2_1")).apply)
+    found, target = (features(vgg, x) for x in (output.reconstruction, batch()))
+    each = [np.abs(found[name] - target[name]).mean() for name in ("relu1_1", "relu2_1")]
+    assert not np.isclose(*each, rtol=0.01)
+    np.testing.assert_allclose(parts.perceptual[0], np.mean(each), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ssim_weight", "ms_ssim_weight"])
+def test_images_too_small_for_a_similarity_are_refused_by_flag(name):
+    model = dataclasses.replace(MODEL, image_size=(32, 4))
+    config = dataclasses.replace(CONFIG, model=model, loss=LossConfig(**{name: 0.5}))
+    with pytest.raises(ConfigError, match=rf"^--{name.replace('_', '-')} with --image-size 32 4: .* 7 pixels"):
+        training.make_loss(config)
 
 
 def test_vgg_is_used_but_not_trained(train_step, state, vgg):

@@ -188,18 +188,33 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Total = L1 + perceptual_weight * L1 between VGG16 features + the quantizer's loss."""
+    """Total = reconstruction + perceptual_weight * L1 between VGG16 features + the quantizer's loss
+    + ssim_weight * (1 - SSIM) + ms_ssim_weight * (1 - MS-SSIM)."""
 
+    reconstruction: Literal["l1", "l2", "charbonnier"] = "l1"
+    """How pixels are compared: mean absolute difference, mean squared difference, or a smooth absolute value."""
     perceptual_weight: float = 0.1
     """Weight of the perceptual term; 0 builds no VGG16 at all."""
-    perceptual_layer: str = "relu3_3"
-    """VGG16 layer whose features are compared (relu1_1 to relu5_3)."""
+    perceptual_layers: tuple[str, ...] = ("relu3_3",)
+    """VGG16 layers whose features are compared (relu1_1 to relu5_3), each with the same weight."""
     vgg_weights: str = "auto"
     """Trained VGG16: "auto" for torchvision's (554 MB downloaded once, 7 MB kept), or a file: safetensors under
     torchvision's names, torchvision's .pth, Keras's .h5 without its top. Or "random" for untrained filters."""
 
+    ssim_weight: float = 0.0
+    """Weight of 1 - SSIM; 0 does not compute it."""
+    ms_ssim_weight: float = 0.0
+    """Weight of 1 - MS-SSIM, over as many of its five scales as the images have room for; 0 does not compute it."""
+
     def __post_init__(self):
-        _require_not_negative(self, "perceptual_weight")
+        object.__setattr__(self, "perceptual_layers", tuple(self.perceptual_layers))
+        _require_not_negative(self, "perceptual_weight", "ssim_weight", "ms_ssim_weight")
+        _require(
+            0 < len(self.perceptual_layers) == len(set(self.perceptual_layers)),
+            "perceptual_layers",
+            self.perceptual_layers,
+            "one or more names, each once",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -307,7 +322,7 @@ PRESETS: dict[str, Config] = {
             latent_norm=False,
         ),
         data=DataConfig(data="phantom"),
-        loss=LossConfig(perceptual_layer="relu1_1", vgg_weights="random"),
+        loss=LossConfig(perceptual_layers=("relu1_1",), vgg_weights="random"),
         training=TrainingConfig(epochs=8, batch_size=8, learning_rate=1e-3, decay_epochs=6),
     ),
 }
@@ -367,6 +382,7 @@ def _check_type(field: dataclasses.Field, value: Any, source: str | Path, where:
         str | None: lambda v: v is None or isinstance(v, str),
         tuple[int, int]: lambda v: isinstance(v, list) and all(type(x) is int for x in v),
         tuple[int, ...]: lambda v: isinstance(v, list) and all(type(x) is int for x in v),
+        tuple[str, ...]: lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
         tuple[float, float]: lambda v: isinstance(v, list) and all(type(x) in (int, float) for x in v),
     }
     check = accepted.get(field.type, lambda v: v in get_args(field.type))

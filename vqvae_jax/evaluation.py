@@ -16,13 +16,18 @@ import tqdm
 from vqvae_jax import checkpoint, distributed, metrics, published, report, training, workdir
 from vqvae_jax.config import DOWNSAMPLING, Config
 from vqvae_jax.data import hip_mri, loader, nifti
+from vqvae_jax.models import vgg16, vgg_weights
 
 FIRST_DRAWN = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class SliceMetrics:
-    """Metrics of one slice in [0, 1] scale on its own grid of ``height`` x ``width`` pixels."""
+    """Metrics of one slice in [0, 1] scale on its own grid of ``height`` x ``width`` pixels.
+
+    NaN: ``hfen`` where the slice is of one value; ``perceptual`` without trained VGG16 weights, or where the slice
+    is too small for them.
+    """
 
     file: str
     case: str
@@ -32,6 +37,9 @@ class SliceMetrics:
     ssim: float
     psnr: float
     mae: float
+    ms_ssim: float
+    hfen: float
+    perceptual: float = math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +58,27 @@ class Evaluation:
         """Mean of a metric over the slices."""
         return float(np.mean([getattr(row, name) for row in self.rows]))
 
+    def mean_of_measured(self, name: str) -> float:
+        """Mean of a metric over the slices that have it; NaN if none has."""
+        values = [getattr(row, name) for row in self.rows]
+        measured = [value for value in values if not math.isnan(value)]
+        return float(np.mean(measured)) if measured else math.nan
+
     def order(self) -> list[int]:
         """Indices of the slices from the lowest SSIM to the highest."""
         return sorted(range(len(self.rows)), key=lambda index: self.rows[index].ssim)
 
     def summary(self) -> dict[str, float]:
-        """Every scalar by name. ``bits_per_pixel`` spends log2 K bits a code, over the slices' own pixels."""
+        """Every scalar by name.
+
+        ``bits_per_pixel`` spends log2 K bits a code, over the slices' own pixels; ``bits_per_pixel_entropy`` the
+        entropy of the codes' frequencies in this split, which an ideal entropy coder that knows them would need.
+        ``perceptual`` is left out where no slice has it.
+        """
         order = self.order()
         pixels = sum(row.height * row.width for row in self.rows)
-        bits = self.codes_per_slice * len(self.rows) * math.log2(len(self.counts))
+        codes = self.codes_per_slice * len(self.rows)
+        perceptual = self.mean_of_measured("perceptual")
         published = {"ssim_published_protocol": float(np.mean(self.published))} if self.published else {}
         return {
             "slices": len(self.rows),
@@ -67,9 +87,13 @@ class Evaluation:
             "ssim_lowest": self.rows[order[0]].ssim,
             "psnr": self.mean("psnr"),
             "mae": self.mean("mae"),
+            "ms_ssim": self.mean("ms_ssim"),
+            "hfen": self.mean_of_measured("hfen"),
+            **({} if math.isnan(perceptual) else {"perceptual": perceptual}),
             "perplexity": float(metrics.perplexity(self.counts)),
             "codebook_usage": float(metrics.codebook_usage(self.counts)),
-            "bits_per_pixel": bits / pixels,
+            "bits_per_pixel": codes * math.log2(len(self.counts)) / pixels,
+            "bits_per_pixel_entropy": codes * float(metrics.code_entropy(self.counts)) / pixels,
             **published,
         }
 
@@ -82,15 +106,17 @@ class Evaluator:
     Args:
       config: the run's configuration.
       slices: the split.
+      vgg_params: trained VGG16's variables down to the configured layers; without them, no perceptual distance.
     """
 
-    def __init__(self, config: Config, slices: loader.Slices):
+    def __init__(self, config: Config, slices: loader.Slices, vgg_params: Any = None):
         self._config = config
         self._slices = slices
         devices = jax.local_device_count()
         wanted = -(-min(config.training.batch_size, len(slices)) // jax.process_count())
         self._batch_size = -(-wanted // devices) * devices
         self._step = training.make_eval_step(config)
+        self._perceptual = _perceptual_metric(config.loss.perceptual_layers, vgg_params)
 
     def run(self, variables: Any, *, published_protocol: bool = False) -> Evaluation:
         """Metrics of every slice; with ``published_protocol`` also the published project's SSIM."""
@@ -177,7 +203,8 @@ class Evaluator:
         filled = [*samples, *[samples[0]] * (self._batch_size - len(samples))]
         originals = np.stack([sample.pixels for _, sample, _ in filled])
         images = np.stack([own for _, _, own in filled])
-        ssim, psnr, mae = jax.device_get([f(images, originals) for f in (metrics.ssim, metrics.psnr, metrics.mae)])
+        measures = (metrics.ssim, metrics.psnr, metrics.mae, metrics.ms_ssim, metrics.hfen)
+        found = jax.device_get([measure(images, originals) for measure in measures])
         for row, (index, sample, own) in enumerate(samples):
             yield (
                 index,
@@ -186,11 +213,28 @@ class Evaluator:
                     sample.case,
                     sample.slice,
                     *own.shape,
-                    float(ssim[row]),
-                    float(psnr[row]),
-                    float(mae[row]),
+                    *(float(values[row]) for values in found),
+                    perceptual=self._perceptual(own, sample.pixels),
                 ),
             )
+
+
+def _perceptual_metric(layers: tuple[str, ...], vgg_params: Any) -> Callable[[np.ndarray, np.ndarray], float]:
+    """A function of reconstruction and original [H, W]; NaN without parameters or where VGG16's pools leave nothing."""
+    smallest = vgg16.smallest_side(*layers)
+
+    @jax.jit
+    def distance(image, original):
+        features = vgg16.VGG16(layers=layers).apply
+        # One slice after another: on large grids the features of a batch would take gigabytes.
+        return metrics.perceptual_distance(*(features(vgg_params, x[None, ..., None]) for x in (image, original)))[0]
+
+    def measure(image: np.ndarray, original: np.ndarray) -> float:
+        if vgg_params is None or min(image.shape) < smallest:
+            return math.nan
+        return float(distance(image, original))
+
+    return measure
 
 
 def evaluate_run(
@@ -224,7 +268,9 @@ def evaluate_run(
     with distributed.first_alone():
         builder = hip_mri.prepare(config.data, config.model.image_size, log)
     slices = loader.Slices(builder.as_data_source(split=split), config.data, config.model.image_size)
-    evaluator = Evaluator(config, slices)
+    loss = config.loss
+    trained = vgg_weights.on_hand(loss.vgg_weights, *loss.perceptual_layers) if loss.perceptual_weight else None
+    evaluator = Evaluator(config, slices, trained)
     evaluation = evaluator.run(variables, published_protocol=True)
     write_results(evaluation, evaluator, variables, run / workdir.EVAL / split, scaling(config))
     return evaluation
@@ -234,7 +280,8 @@ def scaling(config: Config) -> str:
     """How the figures were measured, for people."""
     low, high = config.data.scale_percentiles
     return (
-        "SSIM by scikit-image's definition (7x7 uniform window, data_range 1), PSNR and MAE: each slice on its own "
+        "SSIM by scikit-image's definition (7x7 uniform window, data_range 1), MS-SSIM with the same window, "
+        "PSNR, MAE and HFEN: each slice on its own "
         f"grid, in [0, 1] between percentiles {low:g} and {high:g} of its file"
     )
 
@@ -268,10 +315,13 @@ def describe(evaluation: Evaluation, protocol: str) -> Iterator[str]:
     summary = evaluation.summary()
     yield f"Average SSIM: {summary['ssim']:.4f}"
     yield f"Highest SSIM: {summary['ssim_highest']:.4f}, lowest SSIM: {summary['ssim_lowest']:.4f}"
-    yield f"PSNR: {summary['psnr']:.2f} dB, MAE: {summary['mae']:.4f}"
+    yield f"MS-SSIM: {summary['ms_ssim']:.4f}, PSNR: {summary['psnr']:.2f} dB, MAE: {summary['mae']:.4f}"
+    perceptual = f", perceptual distance: {summary['perceptual']:.4f}" if "perceptual" in summary else ""
+    yield f"High-frequency error norm: {summary['hfen']:.4f}{perceptual}"
     yield (
         f"Perplexity: {summary['perplexity']:.1f} of {len(evaluation.counts)} codes, "
-        f"codes used: {summary['codebook_usage']:.1%}, bits per pixel: {summary['bits_per_pixel']:.4f}"
+        f"codes used: {summary['codebook_usage']:.1%}, bits per pixel: {summary['bits_per_pixel']:.4f}, "
+        f"by the codes' entropy: {summary['bits_per_pixel_entropy']:.4f}"
     )
     yield f"{summary['slices']} slices. {protocol}."
     if "ssim_published_protocol" in summary:

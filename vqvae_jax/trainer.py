@@ -22,6 +22,17 @@ from vqvae_jax.models import vgg_weights
 
 _STEPS_IN_FLIGHT = 2
 """Steps whose metrics are left on the device, so that reading them never makes it wait."""
+_LABELS = {
+    "loss": "Loss",
+    "l1": "L1",
+    "l2": "L2",
+    "charbonnier": "Charbonnier",
+    "perceptual": "Perceptual",
+    "quantizer": "Quantizer",
+    "ssim_loss": "1 - SSIM",
+    "ms_ssim_loss": "1 - MS-SSIM",
+}
+"""The parts of the loss in the line of an epoch, by their names in the logs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,8 +171,9 @@ class Trainer:
         )
         loss = self._config.loss
         if loss.perceptual_weight and loss.vgg_weights == vgg_weights.RANDOM:
+            layers = ", ".join(loss.perceptual_layers)
             self._log(
-                f"Perceptual loss: UNTRAINED, random VGG16 features at {loss.perceptual_layer} (fixed seed); "
+                f"Perceptual loss: UNTRAINED, random VGG16 features at {layers} (fixed seed); "
                 "--vgg-weights auto or a file gives trained ones"
             )
 
@@ -239,13 +251,18 @@ class Trainer:
 
     def _collect(self, step: int, metrics: training.StepMetrics, bar: tqdm.tqdm) -> None:
         """Adds a finished step's scalars to the epoch's sums; raises DivergenceError if one is not finite."""
+        config = self._config.loss
         values = {
             "loss": metrics.losses.total,
-            "l1": metrics.losses.reconstruction,
+            config.reconstruction: metrics.losses.reconstruction,
             "perceptual": metrics.losses.perceptual,
             "quantizer": metrics.losses.quantizer,
             "gradient_norm": metrics.gradient_norm,
         }
+        if config.ssim_weight:
+            values["ssim_loss"] = metrics.losses.ssim
+        if config.ms_ssim_weight:
+            values["ms_ssim_loss"] = metrics.losses.ms_ssim
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         if not all(map(math.isfinite, values.values())):
             raise DivergenceError(self._divergence(step, values))
@@ -275,9 +292,9 @@ class Trainer:
         if self._metrics:
             self._metrics.write(self.step, progress.epoch, "train", means | rate | speed)
             self._metrics.write(self.step, progress.epoch, "validation", summary)
+        parts = ", ".join(f"{_LABELS[name]}: {mean:.4f}" for name, mean in means.items() if name in _LABELS)
         self._log(
-            f"Epoch [{progress.epoch}/{self._config.training.epochs}], Loss: {means['loss']:.4f}, "
-            f"L1: {means['l1']:.4f}, Perceptual: {means['perceptual']:.4f}, Quantizer: {means['quantizer']:.4f}, "
+            f"Epoch [{progress.epoch}/{self._config.training.epochs}], {parts}, "
             f"Val SSIM: {summary['ssim']:.4f}, Val PSNR: {summary['psnr']:.2f} dB, "
             f"Perplexity: {summary['perplexity']:.1f}, Codes used: {summary['codebook_usage']:.1%}, "
             f"{speed['images_per_second']:.1f} images/s, Input wait: {speed['input_wait']:.1%}"

@@ -1,5 +1,6 @@
 """One step of training and of evaluation, pmapped over this process's devices."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from vqvae_jax.models import vgg16, vgg_weights
 from vqvae_jax.models.layers import BLOCK, EXPENSIVE
 from vqvae_jax.models.quantizer import CHOICE, CODEBOOK
 from vqvae_jax.models.vqvae import VQVAE
+from vqvae_jax.similarity import SSIM_WINDOW
 
 AXIS = "batch"
 """Name of the device axis, over which gradients, batch statistics and code counts are reduced."""
@@ -132,17 +134,18 @@ def _averaged(state: TrainState) -> Any:
 
 
 def load_vgg(config: Config) -> VggParams | None:
-    """VGG16's variables down to the perceptual layer, or None where the perceptual weight is 0."""
+    """VGG16's variables down to the deepest perceptual layer, or None where the perceptual weight is 0."""
     if not config.loss.perceptual_weight:
         return None
-    return vgg_weights.load(config.loss.vgg_weights, config.loss.perceptual_layer)
+    return vgg_weights.load(config.loss.vgg_weights, *config.loss.perceptual_layers)
 
 
 def make_loss(config: Config) -> Callable[[Any, TrainState, jax.Array, VggParams | None], tuple]:
     """The training loss on one device: (parameters, state, images [B, H, W, 1], VGG parameters) ->
     (total, (Losses, code counts [K], new model state)). Batch statistics are taken over the axis ``AXIS``.
     """
-    vgg = vgg16.VGG16(layers=(config.loss.perceptual_layer,), dtype=jnp.dtype(config.model.precision))
+    _check_similarity(config)
+    vgg = vgg16.VGG16(layers=config.loss.perceptual_layers, dtype=jnp.dtype(config.model.precision))
 
     def loss_fn(params, state, images, vgg_params):
         def apply(params, images):
@@ -164,15 +167,20 @@ def make_loss(config: Config) -> Callable[[Any, TrainState, jax.Array, VggParams
                 vgg.apply(vgg_params, output.reconstruction),
                 jax.lax.stop_gradient(vgg.apply(vgg_params, images)),
             )
-        parts = losses.total_loss(
-            losses.reconstruction_loss(output.reconstruction, images),
-            perceptual,
-            output.quantizer.loss,
-            config.loss.perceptual_weight,
-        )
+        parts = losses.total_loss(config.loss, output.reconstruction, images, output.quantizer.loss, perceptual)
         return parts.total, (parts, output.quantizer.counts, model_state)
 
     return loss_fn
+
+
+def _check_similarity(config: Config) -> None:
+    side = min(config.model.image_size)
+    for name in ("ssim_weight", "ms_ssim_weight"):
+        if getattr(config.loss, name) and side < SSIM_WINDOW:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} with --image-size {' '.join(map(str, config.model.image_size))}: "
+                f"expected at least {SSIM_WINDOW} pixels a side, the window of SSIM; take larger images or weight 0"
+            )
 
 
 def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, VggParams | None], tuple]:
@@ -212,7 +220,8 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, VggParam
 
     def zeros(state, _device):
         counts = jnp.zeros(config.model.num_codes)
-        return jax.tree.map(jnp.zeros_like, state.params), losses.Losses(*jnp.zeros(4)), counts
+        parts = losses.Losses(*jnp.zeros(len(dataclasses.fields(losses.Losses))))
+        return jax.tree.map(jnp.zeros_like, state.params), parts, counts
 
     def add(state, sums, images, vgg_params, part):
         model_state, found = backward(state, images, vgg_params, part)

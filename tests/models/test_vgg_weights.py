@@ -198,6 +198,21 @@ def test_weights_are_fetched_once(hub, tmp_path):
     assert all(np.array_equal(content[key], value) for key, value in torchvision("relu3_3").items())
 
 
+def test_weights_on_hand_are_read_and_none_are_fetched(hub, tmp_path):
+    assert vgg_weights.on_hand("auto", "relu1_1", "relu2_1") is None
+    assert hub.asked == 0
+    vgg_weights.load("auto", "relu2_1", "relu1_1")
+    assert hub.asked == 1
+    assert_equal(vgg_weights.on_hand("auto", "relu1_1", "relu2_1"), "relu2_1")
+    assert vgg_weights.on_hand("auto", "relu4_1") is None
+    assert hub.asked == 1
+    assert_equal(vgg_weights.on_hand(tmp_path / CACHED, "relu2_1", "relu1_1"), "relu2_1")
+    assert vgg_weights.on_hand("random", "relu1_1") is None
+    assert vgg_weights.on_hand(tmp_path / "absent", "relu1_1") is None
+    (tmp_path / CACHED).write_bytes(b"damaged")
+    assert vgg_weights.on_hand("auto", "relu1_1") is None
+
+
 def test_deeper_layers_are_cached_apart(hub, tmp_path):
     assert_equal(vgg_weights.load("auto", "relu4_1"), "relu4_1")
     assert files(tmp_path) == [CACHED.replace("3_3", "4_1")]

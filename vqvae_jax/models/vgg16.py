@@ -78,7 +78,7 @@ class VGG16(nn.Module):
           ValueError: the images have another shape.
         """
         needed = up_to(*self.layers)
-        _check_images(images, pools=sum(conv.pool for conv in needed.values()))
+        _check_images(images, smallest_side(*self.layers))
         mean = self.variable(INPUT, "mean", jnp.asarray, IMAGENET_MEAN).value
         std = self.variable(INPUT, "std", jnp.asarray, IMAGENET_STD).value
         x = normalise(images, mean, std)
@@ -149,11 +149,16 @@ def up_to(*layers: str) -> dict[str, Convolution]:
     return {name: LAYERS[name] for name in names[: depth + 1]}
 
 
-def _check_images(images: jax.Array, pools: int) -> None:
+def smallest_side(*layers: str) -> int:
+    """Pixels that images must have along each axis, so that something is left after the layers' pools."""
+    return 2 ** sum(conv.pool for conv in up_to(*layers).values())
+
+
+def _check_images(images: jax.Array, smallest: int) -> None:
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise ValueError(f"VGG16 expects images [N, H, W, 1] or [N, H, W, 3], got {images.shape}")
-    if min(images.shape[1:3]) < 2**pools:
+    if min(images.shape[1:3]) < smallest:
         raise ConfigError(
-            f"images of {images.shape[1]} x {images.shape[2]} vanish in VGG16's {pools} pools; "
-            f"take at least {2**pools} x {2**pools} or a shallower layer"
+            f"images of {images.shape[1]} x {images.shape[2]} vanish in VGG16's {smallest.bit_length() - 1} pools; "
+            f"take at least {smallest} x {smallest} or a shallower layer"
         )

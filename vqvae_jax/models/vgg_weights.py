@@ -61,20 +61,21 @@ class _Unusable(Exception):
         self.advice = advice
 
 
-def load(weights: str | Path, layer: str) -> Variables:
-    """Variables for `VGG16` down to `layer`.
+def load(weights: str | Path, *layers: str) -> Variables:
+    """Variables for `VGG16` down to the deepest of the layers.
 
     Args:
       weights: RANDOM; AUTO (`cached`, fetched if need be); or a file, told by its ending: torchvision's ``.pth``,
         Keras's ``.h5`` without its top, else safetensors under torchvision's names.
-      layer: from `vgg16.LAYERS`; what it does not need is neither fetched nor checked.
+      layers: from `vgg16.LAYERS`; what they do not need is neither fetched nor checked.
 
     Raises:
-      ConfigError: the layer is unknown.
+      ConfigError: a layer is unknown.
       WeightsError: the file is missing, of another format or checksum, or needs a package that is not installed;
         a tensor is missing, misshapen or not finite; or AUTO can neither be found in the cache nor fetched.
     """
-    needed = vgg16.up_to(layer)
+    needed = vgg16.up_to(*layers)
+    layer = list(needed)[-1]
     if weights == RANDOM:
         return vgg16.random_variables(layer)
     path = cached(layer) if weights == AUTO else Path(weights).expanduser()
@@ -87,6 +88,19 @@ def load(weights: str | Path, layer: str) -> Variables:
     except _Unusable as error:
         advice = "delete it, and it is fetched again" if weights == AUTO else error.advice
         raise WeightsError(f"{path}: {error}; {advice}") from error
+
+
+def on_hand(weights: str | Path, *layers: str) -> Variables | None:
+    """What `load` gives where trained weights lie on this machine and can be read, else None; fetches nothing.
+
+    For measurements that can be left out. An unknown layer is a ConfigError.
+    """
+    if weights == RANDOM or (weights == AUTO and not _cache_path(*layers).is_file()):
+        return None
+    try:
+        return load(weights, *layers)
+    except WeightsError:
+        return None
 
 
 def cached(layer: str) -> Path:
@@ -104,9 +118,7 @@ def cached(layer: str) -> Path:
         by default) in which less than PIECE arrives, fetching is given up.
     """
     needed = vgg16.up_to(layer, CACHED_LAYER)
-    last = list(needed.values())[-1].name
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = root / "vqvae_jax" / f"vgg16-tv_in1k-{REVISION[:8]}-to-{last}.safetensors"
+    path = _cache_path(layer)
     if path.is_file():
         return path
     try:
@@ -120,6 +132,12 @@ def cached(layer: str) -> Path:
             f"{path}: cannot be written ({error}); set XDG_CACHE_HOME to a folder that can, with 600 MB free"
         ) from error
     return path
+
+
+def _cache_path(*layers: str) -> Path:
+    last = list(vgg16.up_to(*layers, CACHED_LAYER).values())[-1].name
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "vqvae_jax" / f"vgg16-tv_in1k-{REVISION[:8]}-to-{last}.safetensors"
 
 
 def _fetch(download: Path, path: Path, needed: dict[str, Convolution]) -> None:
