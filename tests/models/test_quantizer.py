@@ -285,6 +285,17 @@ def test_entropy_gradient_is_the_slope():
         np.testing.assert_allclose(np.sum(found[which] * direction), slope, rtol=1e-3)
 
 
+def test_entropy_moves_codes_and_latents():
+    codes, latents = normal(K, D), normal(40, D, seed=1)
+    options = {"entropy_weight": 0.5, "entropy_temperature": 0.7, "cost": 0.0}
+    found = jax.grad(lambda c, z: apply(c, z, **options).loss, argnums=(0, 1))(codes, latents)
+    without = jax.grad(lambda c, z: apply(c, z, cost=0.0).loss, argnums=(0, 1))(codes, latents)
+    expected = jax.grad(lambda c, z: 0.5 * entropy_loss(z, c, 0.7), argnums=(0, 1))(codes, latents)
+    for total, rest, entropy_alone in zip(found, without, expected, strict=True):
+        assert np.all(np.any(entropy_alone != 0, axis=1))
+        np.testing.assert_allclose(total, rest + entropy_alone, rtol=1e-4, atol=1e-7)
+
+
 def test_entropy_gradient_is_finite_where_nothing_chooses_a_code():
     codes = normal(K, D)
     codes[3] = 1e4
@@ -406,6 +417,7 @@ def test_directions_are_started_and_revived_as_directions():
     initial = ema(cosine=True).init(jax.random.key(0), latents)[CODEBOOK]
     first, codebook = ema_step(initial, latents, cosine=True)
     np.testing.assert_allclose(np.linalg.norm(codebook["embedding"], axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(first.quantized, axis=1), 1, rtol=1e-5)
     assert np.all(first.counts > 0)
     untrained = ema(cosine=True).apply({CODEBOOK: initial}, latents)
     assert first.commitment_loss < 0.8 * untrained.commitment_loss

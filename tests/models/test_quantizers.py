@@ -17,6 +17,7 @@ import pytest
 from vqvae_jax import training
 from vqvae_jax.checkpoint import Checkpoints
 from vqvae_jax.config import Config, LossConfig, ModelConfig, TrainingConfig
+from vqvae_jax.models.estimators import rotation_trick, straight_through
 from vqvae_jax.models.quantizer import CODEBOOK
 from vqvae_jax.models.vqvae import make_quantizer
 
@@ -119,6 +120,24 @@ def test_codes_alone_give_what_the_decoder_is_given(option):
     assert found.quantized.shape == LATENTS.shape
     vectors = quantizer.apply(variables, found.indices, method="lookup")
     np.testing.assert_allclose(vectors, found.quantized, rtol=1e-5, atol=1e-6)
+
+
+def test_each_field_reaches_the_quantizer():
+    fields = {"entropy_weight": 0.3, "entropy_temperature": 0.7, "commitment_cost": 0.6, "ema_decay": 0.8}
+    for update in ("gradient", "ema"):
+        model = dataclasses.replace(config("cosine").model, **fields, codebook_update=update)
+        quantizer = make_quantizer(model, "devices")
+        found = {
+            name: getattr(quantizer, name) for name in ("entropy_weight", "entropy_temperature", "commitment_cost")
+        }
+        assert found == {name: fields[name] for name in found}
+        assert (quantizer.cosine, quantizer.axis_name) == (True, "devices")
+        assert update == "gradient" or quantizer.decay == 0.8
+        projected = make_quantizer(dataclasses.replace(model, code_dim=3), "devices")
+        assert projected.quantizer == quantizer.copy(embedding_dim=3)
+    assert make_quantizer(config("rotation").model).estimator is rotation_trick
+    assert make_quantizer(config("entropy").model).estimator is straight_through
+    assert make_quantizer(config("fsq").model).quantizer.levels == (5, 4)
 
 
 # Several devices: each has some of the latents, and together they must do what one does with all.
