@@ -292,7 +292,7 @@ class Trainer:
         if self._metrics:
             self._metrics.write(self.step, progress.epoch, "train", means | rate | speed)
             self._metrics.write(self.step, progress.epoch, "validation", summary)
-        parts = ", ".join(f"{_LABELS[name]}: {mean:.4f}" for name, mean in means.items() if name in _LABELS)
+        parts = ", ".join(f"{label}: {means[name]:.4f}" for name, label in _LABELS.items() if name in means)
         self._log(
             f"Epoch [{progress.epoch}/{self._config.training.epochs}], {parts}, "
             f"Val SSIM: {summary['ssim']:.4f}, Val PSNR: {summary['psnr']:.2f} dB, "
