@@ -224,7 +224,7 @@ def _perceptual_metric(layers: tuple[str, ...], vgg_params: Any) -> Callable[[np
     smallest = vgg16.smallest_side(*layers)
 
     @jax.jit
-    def distance(image, original):
+    def distance(vgg_params, image, original):
         features = vgg16.VGG16(layers=layers).apply
         # One slice after another: on large grids the features of a batch would take gigabytes.
         return metrics.perceptual_distance(*(features(vgg_params, x[None, ..., None]) for x in (image, original)))[0]
@@ -232,7 +232,7 @@ def _perceptual_metric(layers: tuple[str, ...], vgg_params: Any) -> Callable[[np
     def measure(image: np.ndarray, original: np.ndarray) -> float:
         if vgg_params is None or min(image.shape) < smallest:
             return math.nan
-        return float(distance(image, original))
+        return float(distance(vgg_params, image, original))
 
     return measure
 
