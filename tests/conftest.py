@@ -13,7 +13,7 @@ REAL_DATA = ROOT.parent / "shared" / "data"
 TINY = [
     *("--platform", "cpu", "--preset", "demo", "--image-size", "32", "16", "--hidden-channels", "8"),
     *("--embedding-dim", "4", "--num-embeddings", "32", "--phantom-cases", "6", "--phantom-slices", "4"),
-    *("--batch-size", "8"),
+    *("--batch-size", "8", "--schedule", "steps", "--warmup-steps", "0"),
 ]
 
 

@@ -322,8 +322,8 @@ PRESETS: dict[str, Config] = {
             latent_norm=False,
         ),
         data=DataConfig(data="phantom"),
-        loss=LossConfig(perceptual_layers=("relu1_1",), vgg_weights="random"),
-        training=TrainingConfig(epochs=8, batch_size=8, learning_rate=1e-3, decay_epochs=6),
+        loss=LossConfig(perceptual_layers=("relu1_1",), vgg_weights="random", ssim_weight=0.5),
+        training=TrainingConfig(epochs=8, batch_size=8, learning_rate=2e-3, schedule="cosine", warmup_steps=60),
     ),
 }
 """``hipmri`` is the default; ``reference`` is the published recipe; ``demo`` runs in minutes on a CPU."""
