@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -52,6 +53,21 @@ def test_a_chosen_folder_is_kept(tmp_path):
 def test_a_folder_that_cannot_be_made_is_done_without(tmp_path):
     (tmp_path / "vqvae_jax").touch()
     assert run(XDG_CACHE_HOME=str(tmp_path))[0] == 0
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    changed = {}
+    monkeypatch.setattr(jax, "config", types.SimpleNamespace(jax_compilation_cache_dir=None, update=changed.setdefault))
+    compilation.use_cache()
+    assert changed
+    changed.clear()
+    monkeypatch.setattr(Path, "home", no_home)
+    compilation.use_cache()
+    assert not changed
 
 
 def double(x):

@@ -169,6 +169,7 @@ def test_wrong_fields_are_refused_by_file_and_field(group, name, value):
         ("training", "warmup_steps", -1),
         ("augmentation", "rotation", -1.0),
         ("augmentation", "gamma", NAN),
+        ("augmentation", "zoom", 1e30),
     ],
 )
 def test_bad_values_are_refused_by_flag(group, name, value):

@@ -25,6 +25,7 @@ def place(tmp_path_factory):
 
 def tiny(**training_fields):
     demo = config.PRESETS["demo"]
+    training_fields = {"schedule": "steps", "warmup_steps": 0} | training_fields
     return dataclasses.replace(
         demo,
         model=dataclasses.replace(
@@ -178,6 +179,11 @@ def test_training_stops_when_validation_no_longer_improves(place, monkeypatch):
     assert outcome.evaluation is not None
     assert [entry["epoch"] for entry in lines(place / "stale", "validation")] == [1, 2, 3, 4]
     assert any("Stopped early" in line and "0.3000" in line for line in said)
+
+
+def test_a_warm_up_without_end_is_refused(place):
+    with pytest.raises(ConfigError, match=r"--warmup-steps 6 is not below the 6 steps .*2 epochs of 3"):
+        trainer.train_and_evaluate(tiny(epochs=2, warmup_steps=6), place / "cold", log=lambda line: None)
 
 
 def test_averaged_weights_are_evaluated_and_training_resumes_from_the_latest(place, monkeypatch):

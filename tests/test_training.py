@@ -200,6 +200,26 @@ def test_accumulated_parts_are_one_batch(initial, vgg):
     assert found[1][0].step == 2
 
 
+def test_parts_hold_the_same_images_on_any_number_of_devices(monkeypatch):
+    """Images are dealt to devices after the batch was cut; part k is the k-th stretch of the batch."""
+    seen = []
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+
+    def spy(function, in_axes, out_axes, donate=()):
+        def called(*arguments):
+            if len(arguments) == 5:
+                seen.append(np.ravel(arguments[2]))
+                return arguments[0], arguments[1]
+            return arguments[0], None
+
+        return called
+
+    monkeypatch.setattr(training, "_pmap", spy)
+    step = training.make_train_step(changed(accumulate=2))
+    step("state", training.split_over_devices(np.arange(8)[:, None, None, None]), None)
+    np.testing.assert_array_equal(seen, [[0, 1, 2, 3], [4, 5, 6, 7]])
+
+
 def test_accumulated_gradients_are_the_mean_of_the_parts(initial, vgg):
     whole = batch()
     step = training.make_train_step(changed(batch_size=4))

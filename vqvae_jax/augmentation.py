@@ -10,14 +10,14 @@ BIAS_DEGREE = 2
 """Degree, along each axis, of the polynomial whose exponential is the bias field: smooth over the whole image."""
 
 
-def augment(key: jax.Array, images: jax.Array, config: AugmentationConfig, first: jax.Array | int = 0) -> jax.Array:
+def augment(key: jax.Array, images: jax.Array, config: AugmentationConfig, places: jax.Array) -> jax.Array:
     """Each image changed by its own draw: mirrored, moved, then its intensities.
 
     Args:
       key: a random key; the same gives the same changes.
       images: [N, H, W, 1] in [0, 1].
       config: how much of each; what is 0 costs nothing.
-      first: place of the first image in the whole batch, so that devices share one sequence of draws.
+      places: int32 [N], each image's place in the whole batch: its draw does not depend on who makes it.
 
     Returns:
       [N, H, W, 1] in [0, 1].
@@ -35,7 +35,7 @@ def augment(key: jax.Array, images: jax.Array, config: AugmentationConfig, first
             image = jnp.clip(image * _bias_field(bias_key, image.shape, config.bias_field), 0, 1)
         return image
 
-    keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(first + jnp.arange(len(images)))
+    keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(places)
     return jax.vmap(change)(keys, images[..., 0])[..., None]
 
 

@@ -24,7 +24,10 @@ def use_cache() -> None:
     ~/.cache/vqvae_jax) under ``compiled``, apart for each kind of CPU. A folder that cannot be written is done without.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        try:
+            root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        except RuntimeError:  # a user without a home
+            return
         jax.config.update("jax_compilation_cache_dir", str(root / "vqvae_jax" / "compiled" / _kind_of_cpu()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_CACHING_SECONDS)
 

@@ -135,7 +135,7 @@ class ModelConfig:
         width = self.code_dim or self.embedding_dim
         _require(width > 1 or not self.cosine_codes, "cosine_codes", True, "off for codes of width 1: all are 1 or -1")
         if self.quantizer == "fsq":
-            self._require_defaults(CODEBOOK_OPTIONS, "with --quantizer fsq, which has no codebook")
+            self._require_defaults(CODEBOOK_OPTIONS, "with --quantizer fsq, which has no codebook: give both")
         if self.published_flatten:
             self._require_defaults(("quantizer", *CODEBOOK_OPTIONS), "with --published-flatten: the published model")
 
@@ -234,7 +234,7 @@ class TrainingConfig:
     learning_rate_decay: float = 0.5
     """Factor on the learning rate after every --decay-epochs epochs."""
     decay_epochs: int = 20
-    """Epochs between two reductions of the learning rate."""
+    """Epochs between two reductions of the learning rate, after the warm-up."""
     weight_decay: float = 0.0
     """Share of each kernel taken off at each step, times the learning rate (AdamW)."""
     average_decay: float = 0.0
@@ -246,7 +246,7 @@ class TrainingConfig:
     """Largest global norm of the gradient; 0 switches clipping off."""
     accumulate: int = 1
     """Parts that each batch is cut into, one after another; their gradients are averaged before the parameters
-    move. Takes the memory of one part. Batch norm and an EMA codebook see each part by itself."""
+    move. Takes the memory of one part. Batch norm and an EMA codebook see each part by itself, and move with each."""
     remat: Literal["none", "cheap", "full"] = "cheap"
     """What the gradient computes again instead of keeping it in memory: nothing; what is cheap (norms and
     activations); or all but the blocks' outputs (about a third slower, for what would not fit otherwise)."""
@@ -288,7 +288,9 @@ class AugmentationConfig:
     """Multiply by a smooth field between exp(-bias_field) and exp(bias_field)."""
 
     def __post_init__(self):
-        _require_not_negative(self, "rotation", "zoom", "shift", "gamma", "bias_field")
+        for name, most in {"rotation": 180, "zoom": 1, "shift": 1, "gamma": 5, "bias_field": 5}.items():
+            value = getattr(self, name)
+            _require(0 <= value <= most, name, value, f"from 0 to {most}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

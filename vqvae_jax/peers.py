@@ -70,13 +70,11 @@ def abort_means(message: str) -> Iterator[None]:
 
 def _pass_on(reading: int, shown: int, aborts: threading.Event) -> None:
     """Copies lines, up to those of the coordination service that say at length what is said in one."""
-    about_loss = False
     with os.fdopen(reading, "rb") as lines:
         for line in lines:
-            about_loss = about_loss or _SERVICE in line or _ABORTS in line
             if _ABORTS in line:
                 aborts.set()
-            if not about_loss:
+            if _SERVICE not in line and not aborts.is_set():
                 os.write(shown, line)
 
 

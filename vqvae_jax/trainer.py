@@ -143,6 +143,7 @@ class Trainer:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        self._check_warmup()
         self._schedule = training.learning_rate_schedule(config.training, self._loader.steps_per_epoch)
         self._validator = evaluation.Evaluator(config, validation)
         self._samples = np.linspace(0, len(validation) - 1, min(config.training.sample_images, len(validation)))
@@ -160,6 +161,15 @@ class Trainer:
     def step(self) -> int:
         """Steps taken since the run began."""
         return int(self._state.step)
+
+    def _check_warmup(self) -> None:
+        settings = self._config.training
+        steps = settings.epochs * self._loader.steps_per_epoch
+        if settings.warmup_steps >= steps:
+            raise ConfigError(
+                f"--warmup-steps {settings.warmup_steps} is not below the {steps} steps of this training "
+                f"({settings.epochs} epochs of {self._loader.steps_per_epoch}); warm up for a tenth of them, say"
+            )
 
     def _describe(self, train: int, validation: int) -> None:
         parameters = sum(leaf.size for leaf in jax.tree.leaves(self._state.params))
@@ -216,7 +226,8 @@ class Trainer:
         patience, progress = self._config.training.early_stopping, self._progress
         stale = bool(patience) and progress.epoch - progress.best_epoch >= patience
         if stale:
-            self._log(f"Stopped early: the best validation SSIM, {progress.best_ssim:.4f}, was {patience} epochs ago")
+            ago = progress.epoch - progress.best_epoch
+            self._log(f"Stopped early: the best validation SSIM, {progress.best_ssim:.4f}, was {ago} epochs ago")
         return stale
 
     def _train_epoch(self, stop: distributed.Stop) -> Clock:

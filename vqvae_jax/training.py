@@ -74,8 +74,8 @@ class EvalOutput:
 def learning_rate_schedule(config: TrainingConfig, steps_per_epoch: int) -> optax.Schedule:
     """Learning rate by step: linear from 0 for ``warmup_steps``, then falling in steps or as a cosine.
 
-    In steps: multiplied by ``learning_rate_decay`` after every ``decay_epochs`` epochs. As a cosine: to 0 at the
-    last step (Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts).
+    In steps: multiplied by ``learning_rate_decay`` after every ``decay_epochs`` epochs from then on. As a cosine: to
+    0 at the last step (Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts).
     """
     warmup = config.warmup_steps
     if config.schedule == "cosine":
@@ -198,8 +198,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, VggParam
             key = jax.random.key(config.training.seed)
             for number in (AUGMENTATION, state.step, part):
                 key = jax.random.fold_in(key, number)
-            first = jax.lax.axis_index(AXIS) * len(images)
-            images = augmentation.augment(key, images, config.augmentation, first)
+            images = augmentation.augment(key, images, config.augmentation, _places(len(images)))
         gradients, (losses, counts, model_state) = gradient(state.params, state, images, vgg_params)
         return state.replace(model_state=model_state), (gradients, losses, counts)
 
@@ -238,11 +237,19 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, VggParam
 
     def accumulated_step(state, images, vgg_params):
         sums = begin(state, np.arange(jax.local_device_count()))
-        for number, part in enumerate(np.split(images, parts, axis=1)):
-            state, sums = add(state, sums, part, vgg_params, np.int32(number))
+        # Cut before it is dealt to devices, so that a part is the same images on any number of them.
+        whole = images.reshape(-1, *images.shape[2:])
+        for number, part in enumerate(np.split(whole, parts)):
+            state, sums = add(state, sums, split_over_devices(part), vgg_params, np.int32(number))
         return divide(state, sums)
 
     return accumulated_step
+
+
+def _places(count: int) -> jax.Array:
+    """Where this device's ``count`` images are in the whole batch, which ``loader.TrainLoader`` deals to processes."""
+    process, device = jnp.divmod(jax.lax.axis_index(AXIS), jax.local_device_count())
+    return (device * count + jnp.arange(count)) * jax.process_count() + process
 
 
 def _pmap(function: Callable, in_axes: tuple, out_axes: Any, donate: tuple[int, ...] = ()) -> Callable:

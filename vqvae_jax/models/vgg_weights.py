@@ -95,9 +95,11 @@ def on_hand(weights: str | Path, *layers: str) -> Variables | None:
 
     For measurements that can be left out. An unknown layer is a ConfigError.
     """
-    if weights == RANDOM or (weights == AUTO and not _cache_path(*layers).is_file()):
+    if weights == RANDOM:
         return None
     try:
+        if weights == AUTO and not _cache_path(*layers).is_file():
+            return None
         return load(weights, *layers)
     except WeightsError:
         return None
@@ -136,7 +138,10 @@ def cached(layer: str) -> Path:
 
 def _cache_path(*layers: str) -> Path:
     last = list(vgg16.up_to(*layers, CACHED_LAYER).values())[-1].name
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise WeightsError(f"--vgg-weights auto: no folder to cache them in ({error}); set XDG_CACHE_HOME") from error
     return root / "vqvae_jax" / f"vgg16-tv_in1k-{REVISION[:8]}-to-{last}.safetensors"
 
 
