@@ -64,6 +64,7 @@ def test_every_field_survives_json():
         "gradient_estimator": "rotation",
         "fsq_levels": (7, 5, 4),
         "precision": "bfloat16",
+        "norm": "group",
         "on_bad_file": "skip",
         "fit": "resize",
         "remat": "full",
@@ -104,6 +105,7 @@ def test_what_is_no_configuration_is_refused_by_file(text):
         ("model", "image_size", 256),
         ("model", "image_size", [256.0, 128]),
         ("model", "precision", "float16"),
+        ("model", "norm", "layer"),
         ("model", "fsq_levels", [8, 5.0]),
         ("model", "quantizer", "lfq"),
         ("data", "fit", None),
@@ -187,16 +189,17 @@ OPTIONS = {
     "entropy_weight": 0.1,
     "gradient_estimator": "rotation",
 }
+ARCHITECTURE = {"norm": "group"}
 
 
 @pytest.mark.parametrize(
     ("beside", "name"),
     [({"quantizer": "fsq"}, name) for name in OPTIONS]
-    + [({"published_flatten": True}, name) for name in (*OPTIONS, "quantizer")],
+    + [({"published_flatten": True}, name) for name in (*OPTIONS, *ARCHITECTURE, "quantizer")],
 )
-def test_quantizers_that_make_no_sense_are_refused_by_flag(beside, name):
+def test_options_that_make_no_sense_together_are_refused_by_flag(beside, name):
     reason = "--quantizer fsq" if "quantizer" in beside else "--published-flatten"
-    value = {**OPTIONS, "quantizer": "fsq"}[name]
+    value = {**OPTIONS, **ARCHITECTURE, "quantizer": "fsq"}[name]
     ModelConfig(**beside)
     ModelConfig(**{name: value})
     with pytest.raises(ConfigError, match=rf"^--{name.replace('_', '-')} is .* with {reason}[^\n]*$"):

@@ -23,6 +23,8 @@ MOST_CODES = 2**24
 """Counts of codes are float32, which holds every whole number up to this."""
 CODEBOOK_OPTIONS = ("codebook_update", "cosine_codes", "code_dim", "entropy_weight", "gradient_estimator")
 """Fields of ModelConfig that change how a codebook is learned."""
+ARCHITECTURE_OPTIONS = ("norm",)
+"""Fields of ModelConfig that make another network than the published one."""
 
 
 def _require(condition: bool, flag: str, value: object, expected: str) -> None:
@@ -81,8 +83,11 @@ class ModelConfig:
     rotation trick)."""
     fsq_levels: tuple[int, ...] = (8, 5, 5, 5)
     """Levels of each number of a code, with --quantizer fsq; their product is the number of codes."""
+    norm: Literal["batch", "group"] = "batch"
+    """What layers are normalised over: the whole batch, with running statistics to use the model; or each image by
+    itself, over groups of its channels, which does not depend on the batch size."""
     latent_norm: bool = True
-    """Batch norm on the encoder's output, before the codes are chosen."""
+    """A norm on the encoder's output, before the codes are chosen."""
     published_flatten: bool = False
     """Cut the latents into vectors as the published PyTorch code does: for models imported from it."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -137,7 +142,8 @@ class ModelConfig:
         if self.quantizer == "fsq":
             self._require_defaults(CODEBOOK_OPTIONS, "with --quantizer fsq, which has no codebook")
         if self.published_flatten:
-            self._require_defaults(("quantizer", *CODEBOOK_OPTIONS), "with --published-flatten: the published model")
+            options = ("quantizer", *CODEBOOK_OPTIONS, *ARCHITECTURE_OPTIONS)
+            self._require_defaults(options, "with --published-flatten: the published model")
 
     def _require_defaults(self, names: tuple[str, ...], why: str) -> None:
         for name in names:

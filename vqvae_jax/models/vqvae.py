@@ -1,5 +1,7 @@
 """The VQ-VAE: encoder, quantizer and decoder for images of one channel."""
 
+from typing import Literal
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -33,16 +35,18 @@ class Encoder(nn.Module):
     latent_norm: bool = True
     axis_name: str | None = None
     dtype: Dtype = jnp.float32
+    norm: Literal["batch", "group"] = "batch"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        norm = {"axis_name": self.axis_name, "dtype": self.dtype}
+        shared = {"axis_name": self.axis_name, "dtype": self.dtype}
+        norm = shared | {"kind": self.norm}
         x = Downsample(self.hidden_channels // 2, self.dtype, name="down1")(x)
         x = leaky_relu(Norm(**norm, name="norm1")(x, train=train))
         x = Downsample(self.hidden_channels, self.dtype, name="down2")(x)
         x = leaky_relu(Norm(**norm, name="norm2")(x, train=train))
         for number in range(self.residual_blocks):
-            x = ResidualBlock(**norm, name=f"residual{number + 1}")(x, train=train)
+            x = ResidualBlock(**shared, norm=self.norm, name=f"residual{number + 1}")(x, train=train)
         x = SelfAttention(self.dtype, name="attention")(x)
         x = Conv(self.embedding_dim, 3, padding=1, dtype=self.dtype, name="conv3")(x)
         return Norm(**norm, name="norm3")(x, train=train) if self.latent_norm else x
@@ -55,15 +59,17 @@ class Decoder(nn.Module):
     residual_blocks: int = 2
     axis_name: str | None = None
     dtype: Dtype = jnp.float32
+    norm: Literal["batch", "group"] = "batch"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        norm = {"axis_name": self.axis_name, "dtype": self.dtype}
+        shared = {"axis_name": self.axis_name, "dtype": self.dtype}
+        norm = shared | {"kind": self.norm}
         x = Conv(self.hidden_channels, 3, padding=1, dtype=self.dtype, name="conv1")(x)
         x = leaky_relu(Norm(**norm, name="norm1")(x, train=train))
         x = SelfAttention(self.dtype, name="attention")(x)
         for number in range(self.residual_blocks):
-            x = ResidualBlock(**norm, name=f"residual{number + 1}")(x, train=train)
+            x = ResidualBlock(**shared, norm=self.norm, name=f"residual{number + 1}")(x, train=train)
         x = Upsample(self.hidden_channels // 2, self.dtype, name="up1")(x)
         x = leaky_relu(Norm(**norm, name="norm2")(x, train=train))
         x = Upsample(1, self.dtype, name="up2")(x)
@@ -134,6 +140,7 @@ class VQVAE(nn.Module):
             "residual_blocks": config.residual_blocks,
             "axis_name": self.axis_name,
             "dtype": jnp.dtype(config.precision),
+            "norm": config.norm,
         }
         self.encoder = Encoder(embedding_dim=config.embedding_dim, latent_norm=config.latent_norm, **shared)
         self.quantizer = make_quantizer(config, self.axis_name)
