@@ -65,6 +65,7 @@ def test_every_field_survives_json():
         "fsq_levels": (7, 5, 4),
         "precision": "bfloat16",
         "norm": "group",
+        "downsampling": 16,
         "on_bad_file": "skip",
         "fit": "resize",
         "remat": "full",
@@ -106,6 +107,8 @@ def test_what_is_no_configuration_is_refused_by_file(text):
         ("model", "image_size", [256.0, 128]),
         ("model", "precision", "float16"),
         ("model", "norm", "layer"),
+        ("model", "downsampling", 8.0),
+        ("model", "downsampling", 2),
         ("model", "fsq_levels", [8, 5.0]),
         ("model", "quantizer", "lfq"),
         ("data", "fit", None),
@@ -189,7 +192,7 @@ OPTIONS = {
     "entropy_weight": 0.1,
     "gradient_estimator": "rotation",
 }
-ARCHITECTURE = {"norm": "group"}
+ARCHITECTURE = {"norm": "group", "downsampling": 8}
 
 
 @pytest.mark.parametrize(
@@ -219,6 +222,17 @@ def test_number_of_codes_is_that_of_the_quantizer():
     assert ModelConfig(num_embeddings=300).num_codes == 300
     assert ModelConfig(num_embeddings=300, quantizer="fsq").num_codes == 1000
     assert ModelConfig(quantizer="fsq", fsq_levels=(7, 5, 4)).num_codes == 140
+
+
+@pytest.mark.parametrize("downsampling", [4, 8, 16])
+def test_sides_are_multiples_of_the_downsampling(downsampling):
+    config = ModelConfig(downsampling=downsampling, image_size=(48, 16))
+    assert config.latent_size == (48 // downsampling, 16 // downsampling)
+    assert 2**config.halvings == downsampling
+    with pytest.raises(ConfigError, match=rf"^--image-size .* multiples of {downsampling} "):
+        ModelConfig(downsampling=downsampling, image_size=(48, 16 + downsampling // 2))
+    with pytest.raises(ConfigError, match=r"^--downsampling is 5"):
+        ModelConfig(downsampling=5, image_size=(80, 80))
 
 
 def test_fields_have_names_of_their_own():

@@ -16,14 +16,11 @@ from vqvae_jax.errors import ConfigError
 LARGEST_FLOAT = sys.float_info.max
 LARGEST_SEED = 2**32 - 1
 """jax.random.key takes no more than 32 bits of a seed."""
-DOWNSAMPLING = 4
-"""Image pixels for one code position, along each axis: two stride-2 convolutions."""
-
 MOST_CODES = 2**24
 """Counts of codes are float32, which holds every whole number up to this."""
 CODEBOOK_OPTIONS = ("codebook_update", "cosine_codes", "code_dim", "entropy_weight", "gradient_estimator")
 """Fields of ModelConfig that change how a codebook is learned."""
-ARCHITECTURE_OPTIONS = ("norm",)
+ARCHITECTURE_OPTIONS = ("norm", "downsampling")
 """Fields of ModelConfig that make another network than the published one."""
 
 
@@ -46,12 +43,15 @@ def _require_not_negative(config: object, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network: two stride-2 steps down, a codebook, two steps up."""
+    """The network: stride-2 steps down, a codebook, as many steps up."""
 
     image_size: tuple[int, int] = (256, 128)
     """Height and width of the images the model is given (first and second axis of a slice)."""
     hidden_channels: int = 256
     """Channels C of the residual and attention blocks; the outermost convolutions have C/2."""
+    downsampling: Literal[4, 8, 16] = 4
+    """Image pixels for one code, along each axis: a stride-2 step down and one up for each doubling. From 4 to 8
+    there are a quarter as many codes."""
     residual_blocks: int = 2
     """Residual blocks in the encoder, and as many in the decoder."""
     embedding_dim: int = 128
@@ -96,11 +96,12 @@ class ModelConfig:
     def __post_init__(self):
         object.__setattr__(self, "image_size", tuple(self.image_size))
         _require(len(self.image_size) == 2, "image_size", self.image_size, "two numbers, height and width")
+        _require(self.downsampling in (4, 8, 16), "downsampling", self.downsampling, "4, 8 or 16")
         _require(
-            all(side > 0 and side % DOWNSAMPLING == 0 for side in self.image_size),
+            all(side > 0 and side % self.downsampling == 0 for side in self.image_size),
             "image_size",
             self.image_size,
-            f"two positive multiples of {DOWNSAMPLING} (the model halves each side twice)",
+            f"two positive multiples of {self.downsampling} (the model halves each side {self.halvings} times)",
         )
         _require(
             self.hidden_channels >= 8 and self.hidden_channels % 8 == 0,
@@ -113,6 +114,17 @@ class ModelConfig:
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "from 0 to below 1")
         _require(self.num_embeddings >= 2, "num_embeddings", self.num_embeddings, "2 or more")
         self._check_quantizer()
+
+    @property
+    def halvings(self) -> int:
+        """How often the encoder halves an image's sides."""
+        return self.downsampling.bit_length() - 1
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height h and width w of an image's latents, and of its codes."""
+        height, width = self.image_size
+        return height // self.downsampling, width // self.downsampling
 
     @property
     def num_codes(self) -> int:
@@ -391,7 +403,8 @@ def _check_type(field: dataclasses.Field, value: Any, source: str | Path, where:
         tuple[str, ...]: lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
         tuple[float, float]: lambda v: isinstance(v, list) and all(type(x) in (int, float) for x in v),
     }
-    check = accepted.get(field.type, lambda v: v in get_args(field.type))
+    choices = [(type(choice), choice) for choice in get_args(field.type)]
+    check = accepted.get(field.type, lambda v: (type(v), v) in choices)  # 4.0 and True are no integers
     if not check(value):
         expected = field.type.__name__ if isinstance(field.type, type) else field.type
         raise ConfigError(f"{source}: {where}{field.name} is {value!r}, but must be of type {expected}")

@@ -7,16 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqvae_jax import training
+from vqvae_jax import evaluation, training
 from vqvae_jax.checkpoint import Checkpoints
 from vqvae_jax.config import Config, LossConfig, ModelConfig, TrainingConfig
+from vqvae_jax.data import loader, nifti
 from vqvae_jax.models.quantizer import CODEBOOK
+from vqvae_jax.models.vqvae import VQVAE
 
 OPTIONS = {
     "group norm": {"norm": "group"},
-    "group norm, ema": {"norm": "group", "codebook_update": "ema"},
+    "downsampling 8": {"downsampling": 8},
+    "all, ema": {"norm": "group", "downsampling": 16, "codebook_update": "ema"},
 }
-AVERAGED = ("group norm", "group norm, ema")
+AVERAGED = ("group norm", "all, ema")
 """Options that are trained with moving averages of the weights."""
 
 
@@ -80,3 +83,27 @@ def test_group_norm_keeps_no_statistics(update, kept):
     state = jax.eval_shape(lambda: training.create_train_state(run, 10))
     assert list(state.model_state) == kept
     assert list(state.average) == ["params"]
+
+
+@pytest.mark.parametrize("downsampling", [4, 8, 16])
+def test_a_code_stands_for_a_square_of_pixels(downsampling):
+    model = config(downsampling=downsampling, image_size=(64, 48)).model
+    found, variables = jax.eval_shape(VQVAE(model).init_with_output, jax.random.key(0), jnp.zeros((2, 64, 48, 1)))
+    assert found.reconstruction.shape == (2, 64, 48, 1)
+    assert found.quantizer.indices.shape == (2, 64 // downsampling, 48 // downsampling)
+    for part in ("encoder", "decoder"):
+        extra = [name for name in variables["params"][part] if name.startswith("extra_norm")]
+        assert len(extra) == {4: 0, 8: 1, 16: 2}[downsampling]
+
+
+@pytest.mark.parametrize("downsampling", [8, 16])
+def test_bits_per_pixel_are_those_of_the_downsampling(downsampling):
+    """16 codes take 4 bits, for each square of pixels."""
+    run = config(downsampling=downsampling, residual_blocks=0)
+    image = np.random.default_rng(0).uniform(0, 900, run.model.image_size).astype(np.float32)
+    record = {"image": image, "affine": np.eye(4), "file": b"a.nii", "case": b"a", "slice": 0}
+    record["range"] = np.array(nifti.intensity_range(image, (0.5, 99.5)), np.float32)
+    slices = loader.Slices([record], run.data, run.model.image_size)
+    found = evaluation.Evaluator(run, slices).run(training.create_train_state(run, 1).variables)
+    assert found.codes_per_slice == found.counts.sum() == 32 * 16 / downsampling**2
+    np.testing.assert_allclose(found.summary()["bits_per_pixel"], 4 / downsampling**2)

@@ -27,7 +27,7 @@ ESTIMATORS = {"straight-through": straight_through, "rotation": rotation_trick}
 
 
 class Encoder(nn.Module):
-    """Images [N, H, W, 1] to latents [N, H / 4, W / 4, embedding_dim]."""
+    """Images [N, H, W, 1] to latents [N, h, w, embedding_dim], where h = H / 2**halvings and w = W / 2**halvings."""
 
     hidden_channels: int
     embedding_dim: int
@@ -36,6 +36,7 @@ class Encoder(nn.Module):
     axis_name: str | None = None
     dtype: Dtype = jnp.float32
     norm: Literal["batch", "group"] = "batch"
+    halvings: int = 2
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -45,6 +46,9 @@ class Encoder(nn.Module):
         x = leaky_relu(Norm(**norm, name="norm1")(x, train=train))
         x = Downsample(self.hidden_channels, self.dtype, name="down2")(x)
         x = leaky_relu(Norm(**norm, name="norm2")(x, train=train))
+        for number in range(1, self.halvings - 1):
+            x = Downsample(self.hidden_channels, self.dtype, name=f"extra_down{number}")(x)
+            x = leaky_relu(Norm(**norm, name=f"extra_norm{number}")(x, train=train))
         for number in range(self.residual_blocks):
             x = ResidualBlock(**shared, norm=self.norm, name=f"residual{number + 1}")(x, train=train)
         x = SelfAttention(self.dtype, name="attention")(x)
@@ -53,13 +57,14 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [N, h, w, D] to images [N, 4 h, 4 w, 1] in [0, 1], float32."""
+    """Latents [N, h, w, D] to images [N, 2**halvings h, 2**halvings w, 1] in [0, 1], float32."""
 
     hidden_channels: int
     residual_blocks: int = 2
     axis_name: str | None = None
     dtype: Dtype = jnp.float32
     norm: Literal["batch", "group"] = "batch"
+    halvings: int = 2
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -70,6 +75,9 @@ class Decoder(nn.Module):
         x = SelfAttention(self.dtype, name="attention")(x)
         for number in range(self.residual_blocks):
             x = ResidualBlock(**shared, norm=self.norm, name=f"residual{number + 1}")(x, train=train)
+        for number in range(1, self.halvings - 1):
+            x = Upsample(self.hidden_channels, self.dtype, name=f"extra_up{number}")(x)
+            x = leaky_relu(Norm(**norm, name=f"extra_norm{number}")(x, train=train))
         x = Upsample(self.hidden_channels // 2, self.dtype, name="up1")(x)
         x = leaky_relu(Norm(**norm, name="norm2")(x, train=train))
         x = Upsample(1, self.dtype, name="up2")(x)
@@ -78,7 +86,7 @@ class Decoder(nn.Module):
 
 @flax.struct.dataclass
 class VQVAEOutput:
-    """``reconstruction`` [N, H, W, 1] in [0, 1], and the quantizer's output for latents [N, H/4, W/4, D]."""
+    """``reconstruction`` [N, H, W, 1] in [0, 1], and the quantizer's output for latents [N, h, w, D]."""
 
     reconstruction: jax.Array
     quantizer: QuantizerOutput
@@ -141,18 +149,19 @@ class VQVAE(nn.Module):
             "axis_name": self.axis_name,
             "dtype": jnp.dtype(config.precision),
             "norm": config.norm,
+            "halvings": config.halvings,
         }
         self.encoder = Encoder(embedding_dim=config.embedding_dim, latent_norm=config.latent_norm, **shared)
         self.quantizer = make_quantizer(config, self.axis_name)
         self.decoder = Decoder(**shared)
 
     def __call__(self, images: jax.Array, *, train: bool = False) -> VQVAEOutput:
-        """Encodes, quantizes and decodes images [N, H, W, 1] in [0, 1]; H and W are multiples of 4."""
+        """Encodes, quantizes and decodes images [N, H, W, 1] in [0, 1]; H and W are multiples of the downsampling."""
         quantized = self.quantize(self.encode(images, train=train), train=train)
         return VQVAEOutput(self.decode(quantized.quantized, train=train), quantized)
 
     def encode(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        """Latents [N, H / 4, W / 4, D] of images [N, H, W, 1]."""
+        """Latents [N, h, w, D] of images [N, H, W, 1]."""
         return self.encoder(images, train=train)
 
     def quantize(self, latents: jax.Array, *, train: bool = False) -> QuantizerOutput:
@@ -168,7 +177,7 @@ class VQVAE(nn.Module):
         return _from_published_rows(vectors) if self.config.published_flatten else vectors
 
     def decode(self, vectors: jax.Array, *, train: bool = False) -> jax.Array:
-        """Images [N, 4 h, 4 w, 1] in [0, 1] of vectors [N, h, w, D]."""
+        """Images [N, H, W, 1] in [0, 1] of vectors [N, h, w, D]."""
         return self.decoder(vectors, train=train)
 
 
