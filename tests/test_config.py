@@ -66,6 +66,7 @@ def test_every_field_survives_json():
         "precision": "bfloat16",
         "norm": "group",
         "downsampling": 16,
+        "residual": "pre",
         "on_bad_file": "skip",
         "fit": "resize",
         "remat": "full",
@@ -107,6 +108,7 @@ def test_what_is_no_configuration_is_refused_by_file(text):
         ("model", "image_size", [256.0, 128]),
         ("model", "precision", "float16"),
         ("model", "norm", "layer"),
+        ("model", "residual", "none"),
         ("model", "downsampling", 8.0),
         ("model", "downsampling", 2),
         ("model", "fsq_levels", [8, 5.0]),
@@ -192,7 +194,7 @@ OPTIONS = {
     "entropy_weight": 0.1,
     "gradient_estimator": "rotation",
 }
-ARCHITECTURE = {"norm": "group", "downsampling": 8}
+ARCHITECTURE = {"norm": "group", "downsampling": 8, "residual": "pre"}
 
 
 @pytest.mark.parametrize(

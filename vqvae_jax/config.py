@@ -20,7 +20,7 @@ MOST_CODES = 2**24
 """Counts of codes are float32, which holds every whole number up to this."""
 CODEBOOK_OPTIONS = ("codebook_update", "cosine_codes", "code_dim", "entropy_weight", "gradient_estimator")
 """Fields of ModelConfig that change how a codebook is learned."""
-ARCHITECTURE_OPTIONS = ("norm", "downsampling")
+ARCHITECTURE_OPTIONS = ("norm", "downsampling", "residual")
 """Fields of ModelConfig that make another network than the published one."""
 
 
@@ -54,6 +54,9 @@ class ModelConfig:
     there are a quarter as many codes."""
     residual_blocks: int = 2
     """Residual blocks in the encoder, and as many in the decoder."""
+    residual: Literal["post", "pre"] = "post"
+    """Where a residual block has its norms and activations: after its convolutions and the sum, or before its
+    convolutions, so that the sum passes from block to block unchanged (a norm and activation follow the last)."""
     embedding_dim: int = 128
     """Width D of a code."""
     quantizer: Literal["vq", "fsq"] = "vq"

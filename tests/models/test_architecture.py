@@ -16,11 +16,11 @@ from vqvae_jax.models.vqvae import VQVAE
 
 OPTIONS = {
     "group norm": {"norm": "group"},
-    "downsampling 8": {"downsampling": 8},
-    "all, ema": {"norm": "group", "downsampling": 16, "codebook_update": "ema"},
+    "downsampling 8, pre-activation": {"downsampling": 8, "residual": "pre"},
+    "all, ema": {"norm": "group", "downsampling": 16, "residual": "pre", "codebook_update": "ema"},
 }
 AVERAGED = ("group norm", "all, ema")
-"""Options that are trained with moving averages of the weights."""
+"""Options that are trained with moving averages of the weights, saved and restored: their states are others."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -35,7 +35,7 @@ def config(**model):
     return Config(
         model=ModelConfig(**{**sizes, "residual_blocks": 1, **model}),
         loss=LossConfig(perceptual_weight=0),
-        training=TrainingConfig(batch_size=4, learning_rate=3e-3),
+        training=TrainingConfig(batch_size=4, learning_rate=3e-3, remat="none"),
     )
 
 
@@ -62,6 +62,8 @@ def test_trains_and_goes_on_after_a_resume(option, tmp_path):
     for (path, old), new in zip(jax.tree.leaves_with_path(initial.params), jax.tree.leaves(state.params), strict=True):
         # Norms and softmax leave some biases without effect.
         assert path[-1].key == "bias" or np.any(old != new), jax.tree_util.keystr(path)
+    if option not in AVERAGED:
+        return
 
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state, {}, 0.5)
@@ -107,3 +109,16 @@ def test_bits_per_pixel_are_those_of_the_downsampling(downsampling):
     found = evaluation.Evaluator(run, slices).run(training.create_train_state(run, 1).variables)
     assert found.codes_per_slice == found.counts.sum() == 32 * 16 / downsampling**2
     np.testing.assert_allclose(found.summary()["bits_per_pixel"], 4 / downsampling**2)
+
+
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_pre_activation_ends_with_a_norm_and_an_activation(blocks):
+    """One norm more than with post-activation in encoder and decoder, where there are blocks at all."""
+    parts = {}
+    for residual in ("post", "pre"):
+        model = VQVAE(config(residual=residual, residual_blocks=blocks).model)
+        params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 16, 1)))["params"]
+        parts[residual] = {(part, name) for part in ("encoder", "decoder") for name in params[part]}
+    added = {("encoder", "residual_norm"), ("decoder", "residual_norm")} if blocks else set()
+    assert parts["pre"] - parts["post"] == added
+    assert parts["post"] <= parts["pre"]

@@ -161,15 +161,20 @@ def test_groups_divide_the_channels(channels):
     assert channels not in (128, 192, 256) or groups == layers.MOST_GROUPS
 
 
+@pytest.mark.parametrize("residual", ["post", "pre"])
 @pytest.mark.parametrize("shape", [(2, 6, 4, 8), (1, 5, 7, 16)])
-def test_residual_block_equals_torch(torch, shape):
+def test_residual_block_equals_torch(torch, shape, residual):
     features = shape[-1]
     conv1, conv2 = (torch.nn.Conv2d(features, features, 3, padding=1) for _ in range(2))
     (norm1, params1, stats1), (norm2, params2, stats2) = (trained_norm(torch, features) for _ in range(2))
 
+    def activation(x):
+        return torch.nn.functional.leaky_relu(x, 0.2)
+
     def reference(x):
-        y = torch.nn.functional.leaky_relu(norm1(conv1(x)), 0.2)
-        return torch.nn.functional.leaky_relu(x + norm2(conv2(y)), 0.2)
+        if residual == "pre":
+            return x + conv2(activation(norm2(conv1(activation(norm1(x))))))
+        return activation(x + norm2(conv2(activation(norm1(conv1(x))))))
 
     params = {
         "conv1": {"conv": from_torch(conv1)},
@@ -180,13 +185,17 @@ def test_residual_block_equals_torch(torch, shape):
 
     def apply(p, y):
         variables = {"params": p, "batch_stats": {"norm1": stats1, "norm2": stats2}}
-        return layers.ResidualBlock().apply(variables, y, train=True, mutable=["batch_stats"])[0]
+        return layers.ResidualBlock(residual=residual).apply(variables, y, train=True, mutable=["batch_stats"])[0]
 
     x = normal(*shape)
     expected, cotangent, dx = torch_values_and_gradients(torch, reference, x)
-    found, _, found_dx = values_and_gradients(apply, params, x, cotangent)
+    found, gradients, found_dx = values_and_gradients(apply, params, x, cotangent)
     assert_close(found, expected)
     assert_close(found_dx, dx)
+    for name, conv in (("conv1", conv1), ("conv2", conv2)):
+        np.testing.assert_allclose(
+            gradients[name]["conv"]["kernel"], gradients_of(conv)["kernel"], rtol=1e-4, atol=1e-4
+        )
 
 
 def attention_params(features):

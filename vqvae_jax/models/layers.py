@@ -158,16 +158,27 @@ def _phase(x: jax.Array, kernel: jax.Array, p: int, q: int) -> jax.Array:
 
 
 class ResidualBlock(nn.Module):
-    """act(x + norm(conv(act(norm(conv(x)))))) with 3 x 3 convolutions (He et al. 2016, arXiv:1512.03385)."""
+    """Two 3 x 3 convolutions beside a shortcut: [N, H, W, C] -> [N, H, W, C].
+
+    ``residual`` "post": act(x + norm(conv(act(norm(conv(x)))))) (He et al. 2016, arXiv:1512.03385). "pre":
+    x + conv(act(norm(conv(act(norm(x)))))), whose shortcut is the identity (He et al. 2016, arXiv:1603.05027).
+    """
 
     axis_name: str | None = None
     dtype: Dtype = jnp.float32
     norm: Literal["batch", "group"] = "batch"
+    residual: Literal["post", "pre"] = "post"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         features = x.shape[-1]
         norm = {"axis_name": self.axis_name, "dtype": self.dtype, "kind": self.norm}
+        if self.residual == "pre":
+            y = leaky_relu(Norm(**norm, name="norm1")(x, train=train))
+            y = Conv(features, 3, padding=1, dtype=self.dtype, name="conv1")(y)
+            y = leaky_relu(Norm(**norm, name="norm2")(y, train=train))
+            y = Conv(features, 3, padding=1, dtype=self.dtype, name="conv2")(y)
+            return checkpoint_name(x + y, BLOCK)
         y = Conv(features, 3, padding=1, dtype=self.dtype, name="conv1")(x)
         y = leaky_relu(Norm(**norm, name="norm1")(y, train=train))
         y = Conv(features, 3, padding=1, dtype=self.dtype, name="conv2")(y)

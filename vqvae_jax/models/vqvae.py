@@ -37,11 +37,12 @@ class Encoder(nn.Module):
     dtype: Dtype = jnp.float32
     norm: Literal["batch", "group"] = "batch"
     halvings: int = 2
+    residual: Literal["post", "pre"] = "post"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         shared = {"axis_name": self.axis_name, "dtype": self.dtype}
-        norm = shared | {"kind": self.norm}
+        norm, block = shared | {"kind": self.norm}, shared | {"norm": self.norm, "residual": self.residual}
         x = Downsample(self.hidden_channels // 2, self.dtype, name="down1")(x)
         x = leaky_relu(Norm(**norm, name="norm1")(x, train=train))
         x = Downsample(self.hidden_channels, self.dtype, name="down2")(x)
@@ -50,7 +51,9 @@ class Encoder(nn.Module):
             x = Downsample(self.hidden_channels, self.dtype, name=f"extra_down{number}")(x)
             x = leaky_relu(Norm(**norm, name=f"extra_norm{number}")(x, train=train))
         for number in range(self.residual_blocks):
-            x = ResidualBlock(**shared, norm=self.norm, name=f"residual{number + 1}")(x, train=train)
+            x = ResidualBlock(**block, name=f"residual{number + 1}")(x, train=train)
+        if self.residual == "pre" and self.residual_blocks:
+            x = leaky_relu(Norm(**norm, name="residual_norm")(x, train=train))  # the last sum has had neither
         x = SelfAttention(self.dtype, name="attention")(x)
         x = Conv(self.embedding_dim, 3, padding=1, dtype=self.dtype, name="conv3")(x)
         return Norm(**norm, name="norm3")(x, train=train) if self.latent_norm else x
@@ -65,16 +68,19 @@ class Decoder(nn.Module):
     dtype: Dtype = jnp.float32
     norm: Literal["batch", "group"] = "batch"
     halvings: int = 2
+    residual: Literal["post", "pre"] = "post"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         shared = {"axis_name": self.axis_name, "dtype": self.dtype}
-        norm = shared | {"kind": self.norm}
+        norm, block = shared | {"kind": self.norm}, shared | {"norm": self.norm, "residual": self.residual}
         x = Conv(self.hidden_channels, 3, padding=1, dtype=self.dtype, name="conv1")(x)
         x = leaky_relu(Norm(**norm, name="norm1")(x, train=train))
         x = SelfAttention(self.dtype, name="attention")(x)
         for number in range(self.residual_blocks):
-            x = ResidualBlock(**shared, norm=self.norm, name=f"residual{number + 1}")(x, train=train)
+            x = ResidualBlock(**block, name=f"residual{number + 1}")(x, train=train)
+        if self.residual == "pre" and self.residual_blocks:
+            x = leaky_relu(Norm(**norm, name="residual_norm")(x, train=train))  # the last sum has had neither
         for number in range(1, self.halvings - 1):
             x = Upsample(self.hidden_channels, self.dtype, name=f"extra_up{number}")(x)
             x = leaky_relu(Norm(**norm, name=f"extra_norm{number}")(x, train=train))
@@ -150,6 +156,7 @@ class VQVAE(nn.Module):
             "dtype": jnp.dtype(config.precision),
             "norm": config.norm,
             "halvings": config.halvings,
+            "residual": config.residual,
         }
         self.encoder = Encoder(embedding_dim=config.embedding_dim, latent_norm=config.latent_norm, **shared)
         self.quantizer = make_quantizer(config, self.axis_name)
