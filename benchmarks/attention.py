@@ -10,7 +10,7 @@ import os
 
 import _measure
 
-from vqvae_jax.config import DOWNSAMPLING, PRESETS
+from vqvae_jax.config import PRESETS
 
 WAYS = ("blocks", "plain")
 
@@ -24,7 +24,8 @@ def measure(flags) -> None:
     from vqvae_jax.models import layers  # noqa: PLC0415
 
     height, width = map(int, flags.size.split("x"))
-    length, channels = height * width // DOWNSAMPLING**2, PRESETS["hipmri"].model.hidden_channels
+    model = PRESETS["hipmri"].model
+    length, channels = height * width // model.downsampling**2, model.hidden_channels
     keys = jax.random.split(jax.random.key(0), 3)
     widths = (channels // 8, channels // 8, channels)
     inputs = [jax.random.normal(k, (flags.batch_size, length, w)) for k, w in zip(keys, widths, strict=True)]

@@ -17,11 +17,10 @@ TASKS = ("encode", "decode", "reconstruct")
 
 
 def inputs(config: ModelConfig, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images [size, H, W, 1] in [0, 1] and codes int32 [size, H/4, W/4]."""
+    """Images [size, H, W, 1] in [0, 1] and codes int32 [size, h, w]."""
     rng = np.random.default_rng(0)
-    height, width = config.image_size
-    codes = rng.integers(0, config.num_codes, (size, height // 4, width // 4), np.int32)
-    return rng.random((size, height, width, 1), np.float32), codes
+    codes = rng.integers(0, config.num_codes, (size, *config.latent_size), np.int32)
+    return rng.random((size, *config.image_size, 1), np.float32), codes
 
 
 def repeats(flags, size: int) -> int:

@@ -64,6 +64,9 @@ def test_every_field_survives_json():
         "gradient_estimator": "rotation",
         "fsq_levels": (7, 5, 4),
         "precision": "bfloat16",
+        "norm": "group",
+        "downsampling": 16,
+        "residual": "pre",
         "on_bad_file": "skip",
         "fit": "resize",
         "remat": "full",
@@ -104,6 +107,10 @@ def test_what_is_no_configuration_is_refused_by_file(text):
         ("model", "image_size", 256),
         ("model", "image_size", [256.0, 128]),
         ("model", "precision", "float16"),
+        ("model", "norm", "layer"),
+        ("model", "residual", "none"),
+        ("model", "downsampling", 8.0),
+        ("model", "downsampling", 2),
         ("model", "fsq_levels", [8, 5.0]),
         ("model", "quantizer", "lfq"),
         ("data", "fit", None),
@@ -188,16 +195,17 @@ OPTIONS = {
     "entropy_weight": 0.1,
     "gradient_estimator": "rotation",
 }
+ARCHITECTURE = {"norm": "group", "downsampling": 8, "residual": "pre"}
 
 
 @pytest.mark.parametrize(
     ("beside", "name"),
     [({"quantizer": "fsq"}, name) for name in OPTIONS]
-    + [({"published_flatten": True}, name) for name in (*OPTIONS, "quantizer")],
+    + [({"published_flatten": True}, name) for name in (*OPTIONS, *ARCHITECTURE, "quantizer")],
 )
-def test_quantizers_that_make_no_sense_are_refused_by_flag(beside, name):
+def test_options_that_make_no_sense_together_are_refused_by_flag(beside, name):
     reason = "--quantizer fsq" if "quantizer" in beside else "--published-flatten"
-    value = {**OPTIONS, "quantizer": "fsq"}[name]
+    value = {**OPTIONS, **ARCHITECTURE, "quantizer": "fsq"}[name]
     ModelConfig(**beside)
     ModelConfig(**{name: value})
     with pytest.raises(ConfigError, match=rf"^--{name.replace('_', '-')} is .* with {reason}[^\n]*$"):
@@ -217,6 +225,17 @@ def test_number_of_codes_is_that_of_the_quantizer():
     assert ModelConfig(num_embeddings=300).num_codes == 300
     assert ModelConfig(num_embeddings=300, quantizer="fsq").num_codes == 1000
     assert ModelConfig(quantizer="fsq", fsq_levels=(7, 5, 4)).num_codes == 140
+
+
+@pytest.mark.parametrize("downsampling", [4, 8, 16])
+def test_sides_are_multiples_of_the_downsampling(downsampling):
+    config = ModelConfig(downsampling=downsampling, image_size=(48, 16))
+    assert config.latent_size == (48 // downsampling, 16 // downsampling)
+    assert 2**config.halvings == downsampling
+    with pytest.raises(ConfigError, match=rf"^--image-size .* multiples of {downsampling} "):
+        ModelConfig(downsampling=downsampling, image_size=(48, 16 + downsampling // 2))
+    with pytest.raises(ConfigError, match=r"^--downsampling is 5"):
+        ModelConfig(downsampling=5, image_size=(80, 80))
 
 
 def test_fields_have_names_of_their_own():

@@ -16,13 +16,12 @@ from vqvae_jax.errors import ConfigError
 LARGEST_FLOAT = sys.float_info.max
 LARGEST_SEED = 2**32 - 1
 """jax.random.key takes no more than 32 bits of a seed."""
-DOWNSAMPLING = 4
-"""Image pixels for one code position, along each axis: two stride-2 convolutions."""
-
 MOST_CODES = 2**24
 """Counts of codes are float32, which holds every whole number up to this."""
 CODEBOOK_OPTIONS = ("codebook_update", "cosine_codes", "code_dim", "entropy_weight", "gradient_estimator")
 """Fields of ModelConfig that change how a codebook is learned."""
+ARCHITECTURE_OPTIONS = ("norm", "downsampling", "residual")
+"""Fields of ModelConfig that make another network than the published one."""
 
 
 def _require(condition: bool, flag: str, value: object, expected: str) -> None:
@@ -44,14 +43,20 @@ def _require_not_negative(config: object, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network: two stride-2 steps down, a codebook, two steps up."""
+    """The network: stride-2 steps down, a codebook, as many steps up."""
 
     image_size: tuple[int, int] = (256, 128)
     """Height and width of the images the model is given (first and second axis of a slice)."""
     hidden_channels: int = 256
     """Channels C of the residual and attention blocks; the outermost convolutions have C/2."""
+    downsampling: Literal[4, 8, 16] = 4
+    """Image pixels for one code, along each axis: a stride-2 step down and one up for each doubling. From 4 to 8
+    there are a quarter as many codes."""
     residual_blocks: int = 2
     """Residual blocks in the encoder, and as many in the decoder."""
+    residual: Literal["post", "pre"] = "post"
+    """Where a residual block has its norms and activations: after its convolutions and the sum, or before its
+    convolutions, so that the sum passes from block to block unchanged (a norm and activation follow the last)."""
     embedding_dim: int = 128
     """Width D of a code."""
     quantizer: Literal["vq", "fsq"] = "vq"
@@ -81,8 +86,11 @@ class ModelConfig:
     rotation trick)."""
     fsq_levels: tuple[int, ...] = (8, 5, 5, 5)
     """Levels of each number of a code, with --quantizer fsq; their product is the number of codes."""
+    norm: Literal["batch", "group"] = "batch"
+    """What layers are normalised over: the whole batch, with running statistics to use the model; or each image by
+    itself, over groups of its channels, which does not depend on the batch size."""
     latent_norm: bool = True
-    """Batch norm on the encoder's output, before the codes are chosen."""
+    """A norm on the encoder's output, before the codes are chosen."""
     published_flatten: bool = False
     """Cut the latents into vectors as the published PyTorch code does: for models imported from it."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -91,11 +99,12 @@ class ModelConfig:
     def __post_init__(self):
         object.__setattr__(self, "image_size", tuple(self.image_size))
         _require(len(self.image_size) == 2, "image_size", self.image_size, "two numbers, height and width")
+        _require(self.downsampling in (4, 8, 16), "downsampling", self.downsampling, "4, 8 or 16")
         _require(
-            all(side > 0 and side % DOWNSAMPLING == 0 for side in self.image_size),
+            all(side > 0 and side % self.downsampling == 0 for side in self.image_size),
             "image_size",
             self.image_size,
-            f"two positive multiples of {DOWNSAMPLING} (the model halves each side twice)",
+            f"two positive multiples of {self.downsampling} (the model halves each side {self.halvings} times)",
         )
         _require(
             self.hidden_channels >= 8 and self.hidden_channels % 8 == 0,
@@ -108,6 +117,17 @@ class ModelConfig:
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "from 0 to below 1")
         _require(self.num_embeddings >= 2, "num_embeddings", self.num_embeddings, "2 or more")
         self._check_quantizer()
+
+    @property
+    def halvings(self) -> int:
+        """How often the encoder halves an image's sides."""
+        return self.downsampling.bit_length() - 1
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height h and width w of an image's latents, and of its codes."""
+        height, width = self.image_size
+        return height // self.downsampling, width // self.downsampling
 
     @property
     def num_codes(self) -> int:
@@ -137,7 +157,8 @@ class ModelConfig:
         if self.quantizer == "fsq":
             self._require_defaults(CODEBOOK_OPTIONS, "with --quantizer fsq, which has no codebook: give both")
         if self.published_flatten:
-            self._require_defaults(("quantizer", *CODEBOOK_OPTIONS), "with --published-flatten: the published model")
+            options = ("quantizer", *CODEBOOK_OPTIONS, *ARCHITECTURE_OPTIONS)
+            self._require_defaults(options, "with --published-flatten: the published model")
 
     def _require_defaults(self, names: tuple[str, ...], why: str) -> None:
         for name in names:
@@ -387,7 +408,8 @@ def _check_type(field: dataclasses.Field, value: Any, source: str | Path, where:
         tuple[str, ...]: lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
         tuple[float, float]: lambda v: isinstance(v, list) and all(type(x) in (int, float) for x in v),
     }
-    check = accepted.get(field.type, lambda v: v in get_args(field.type))
+    choices = [(type(choice), choice) for choice in get_args(field.type)]
+    check = accepted.get(field.type, lambda v: (type(v), v) in choices)  # 4.0 and True are no integers
     if not check(value):
         expected = field.type.__name__ if isinstance(field.type, type) else field.type
         raise ConfigError(f"{source}: {where}{field.name} is {value!r}, but must be of type {expected}")

@@ -14,7 +14,7 @@ import numpy as np
 import tqdm
 
 from vqvae_jax import checkpoint, distributed, metrics, published, report, training, workdir
-from vqvae_jax.config import DOWNSAMPLING, Config
+from vqvae_jax.config import Config
 from vqvae_jax.data import hip_mri, loader, nifti
 from vqvae_jax.models import vgg16, vgg_weights
 
@@ -143,8 +143,7 @@ class Evaluator:
         for same_shape in waiting.values():
             if same_shape:
                 rows.update(self._measure(same_shape))
-        height, width = self._config.model.image_size
-        codes = (height // DOWNSAMPLING) * (width // DOWNSAMPLING)
+        codes = math.prod(self._config.model.latent_size)
         rows, published_ssim = distributed.gathered(rows), distributed.gathered(published_ssim)
         in_order = [[results[index] for index in sorted(results)] for results in (rows, published_ssim)]
         return Evaluation(in_order[0], counts, codes, in_order[1])

@@ -35,8 +35,9 @@ VggParams = Any
 class TrainState(train_state.TrainState):
     """Parameters, optimizer state and step, with what the model keeps beside its parameters.
 
-    ``model_state`` has the collection ``batch_stats`` (batch norm's running statistics) and, with an EMA
-    codebook, ``codebook``. ``average`` holds moving averages of ``params`` and ``batch_stats``, or nothing.
+    ``model_state`` has the collection ``batch_stats`` (batch norm's running statistics; group norm has none) and,
+    with an EMA codebook, ``codebook``; it may be empty. ``average`` holds moving averages of ``params`` and, where
+    there are any, ``batch_stats``; or nothing.
     """
 
     model_state: Any
@@ -130,7 +131,8 @@ def create_train_state(config: Config, steps_per_epoch: int) -> TrainState:
 
 def _averaged(state: TrainState) -> Any:
     """What ``average`` averages. The EMA codebook is left out: its codes are averages already."""
-    return jax.tree.map(jnp.copy, {"params": state.params, "batch_stats": state.model_state["batch_stats"]})
+    averaged = {name: state.variables[name] for name in ("params", "batch_stats") if name in state.variables}
+    return jax.tree.map(jnp.copy, averaged)
 
 
 def load_vgg(config: Config) -> VggParams | None:

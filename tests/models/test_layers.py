@@ -1,5 +1,7 @@
 """Every block equals PyTorch's, in outputs, gradients and batch statistics, to 1e-5 in float32."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,17 +100,19 @@ def test_initial_range_is_that_of_torch(torch, kind):
     assert np.isclose(params["kernel"].std(), reference.weight.std().item(), rtol=0.05)
 
 
-def trained_norm(torch, features):
-    """A torch batch norm with statistics, scale and shift unlike the initial ones; and the same for flax."""
-    norm = torch.nn.BatchNorm2d(features)
+def trained_norm(torch, features, norm=None):
+    """A torch norm (batch norm by default) with statistics, scale and shift unlike the initial ones; and for flax."""
+    kind = "group_norm" if norm else "batch_norm"
+    norm = norm or torch.nn.BatchNorm2d(features)
     rng = np.random.default_rng(features)
     values = {name: rng.uniform(0.5, 1.5, features).astype(np.float32) for name in ("weight", "bias", "mean", "var")}
     with torch.no_grad():
         norm.weight.copy_(torch.from_numpy(values["weight"]))
         norm.bias.copy_(torch.from_numpy(values["bias"]))
-        norm.running_mean.copy_(torch.from_numpy(values["mean"]))
-        norm.running_var.copy_(torch.from_numpy(values["var"]))
-    params = {"batch_norm": {"scale": values["weight"], "bias": values["bias"]}}
+        if kind == "batch_norm":
+            norm.running_mean.copy_(torch.from_numpy(values["mean"]))
+            norm.running_var.copy_(torch.from_numpy(values["var"]))
+    params = {kind: {"scale": values["weight"], "bias": values["bias"]}}
     return norm, params, {"batch_norm": {"mean": values["mean"], "var": values["var"]}}
 
 
@@ -132,15 +136,45 @@ def test_batch_norm_equals_torch(torch, shape):
     assert_close(unbiased, reference.running_var)
 
 
+@pytest.mark.parametrize(("shape", "groups"), [((2, 6, 4, 8), 2), ((3, 4, 4, 3), 1), ((2, 5, 3, 256), 32)])
+def test_group_norm_equals_torch(torch, shape, groups):
+    reference, params, _ = trained_norm(torch, shape[-1], torch.nn.GroupNorm(groups, shape[-1]))
+    x = 2 * normal(*shape) + 1
+    expected, cotangent, dx = torch_values_and_gradients(torch, reference, x)
+    gradients = {"scale": reference.weight.grad.numpy(), "bias": reference.bias.grad.numpy()}
+
+    @functools.partial(jax.jit, static_argnames="train")
+    def apply(p, y, train=True):
+        return layers.Norm(kind="group").apply({"params": p}, y, train=train)
+
+    found = values_and_gradients(apply, params, x, cotangent)
+    jax.tree.map(assert_close, found, (expected, {"group_norm": gradients}, dx))
+    np.testing.assert_array_equal(apply(params, x, train=False), found[0])
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 7, 12, 24, 32, 37, 128, 192, 264])
+def test_groups_divide_the_channels(channels):
+    groups = layers.groups_of(channels)
+    assert channels % groups == 0
+    assert groups == 1 or channels // groups >= layers.LEAST_GROUP
+    assert groups <= layers.MOST_GROUPS
+    assert channels not in (128, 192, 256) or groups == layers.MOST_GROUPS
+
+
+@pytest.mark.parametrize("residual", ["post", "pre"])
 @pytest.mark.parametrize("shape", [(2, 6, 4, 8), (1, 5, 7, 16)])
-def test_residual_block_equals_torch(torch, shape):
+def test_residual_block_equals_torch(torch, shape, residual):
     features = shape[-1]
     conv1, conv2 = (torch.nn.Conv2d(features, features, 3, padding=1) for _ in range(2))
     (norm1, params1, stats1), (norm2, params2, stats2) = (trained_norm(torch, features) for _ in range(2))
 
+    def activation(x):
+        return torch.nn.functional.leaky_relu(x, 0.2)
+
     def reference(x):
-        y = torch.nn.functional.leaky_relu(norm1(conv1(x)), 0.2)
-        return torch.nn.functional.leaky_relu(x + norm2(conv2(y)), 0.2)
+        if residual == "pre":
+            return x + conv2(activation(norm2(conv1(activation(norm1(x))))))
+        return activation(x + norm2(conv2(activation(norm1(conv1(x))))))
 
     params = {
         "conv1": {"conv": from_torch(conv1)},
@@ -151,13 +185,17 @@ def test_residual_block_equals_torch(torch, shape):
 
     def apply(p, y):
         variables = {"params": p, "batch_stats": {"norm1": stats1, "norm2": stats2}}
-        return layers.ResidualBlock().apply(variables, y, train=True, mutable=["batch_stats"])[0]
+        return layers.ResidualBlock(residual=residual).apply(variables, y, train=True, mutable=["batch_stats"])[0]
 
     x = normal(*shape)
     expected, cotangent, dx = torch_values_and_gradients(torch, reference, x)
-    found, _, found_dx = values_and_gradients(apply, params, x, cotangent)
+    found, gradients, found_dx = values_and_gradients(apply, params, x, cotangent)
     assert_close(found, expected)
     assert_close(found_dx, dx)
+    for name, conv in (("conv1", conv1), ("conv2", conv2)):
+        np.testing.assert_allclose(
+            gradients[name]["conv"]["kernel"], gradients_of(conv)["kernel"], rtol=1e-4, atol=1e-4
+        )
 
 
 def attention_params(features):

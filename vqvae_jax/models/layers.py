@@ -5,7 +5,7 @@ kernels and biases follow PyTorch's defaults (uniform, +-1 / sqrt(fan_in)), as t
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,12 @@ LEAKY_SLOPE = 0.2
 BATCH_NORM_MOMENTUM = 0.9
 """Share of the old running statistics kept at each step (PyTorch's momentum 0.1 says the same)."""
 BATCH_NORM_EPSILON = 1e-5
+GROUP_NORM_EPSILON = 1e-5
+MOST_GROUPS = 32
+"""Groups of group norm, where the channels allow it: the paper's default (Wu and He 2018, table 3)."""
+LEAST_GROUP = 4
+"""Channels of the smallest group. Groups of one would take each channel's mean from an image, and its brightness
+with it; four is what 32 groups leave of the 128 channels of the default widths."""
 EXPENSIVE, BLOCK = "expensive", "block"
 """Names, for ``jax.checkpoint``, of what is slow to compute again, and of what each block returns."""
 QUERIES_AT_ONCE = 512
@@ -62,14 +68,35 @@ class Conv(nn.Module):
         return checkpoint_name(convolution(x), EXPENSIVE)
 
 
+def groups_of(channels: int) -> int:
+    """Groups of group norm: as many as divide ``channels``, up to MOST_GROUPS, of LEAST_GROUP channels or more."""
+    most = min(MOST_GROUPS, channels // LEAST_GROUP)
+    return max((groups for groups in range(1, most + 1) if channels % groups == 0), default=1)
+
+
 class Norm(nn.Module):
-    """Batch norm over all devices of ``axis_name`` (or over this one's batch where it is None)."""
+    """Normalises [N, H, W, C], then scales and shifts each channel.
+
+    ``kind`` "batch": over all images on all devices of ``axis_name`` (on this one where it is None), with running
+    statistics in the collection ``batch_stats`` for when ``train`` is False. ``kind`` "group": over each image's
+    positions and groups of its channels (Wu and He 2018, arXiv:1803.08494), alike in training and after, with no
+    statistics to keep.
+    """
 
     axis_name: str | None = None
     dtype: Dtype = jnp.float32
+    kind: Literal["batch", "group"] = "batch"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        if self.kind == "group":
+            return nn.GroupNorm(
+                groups_of(x.shape[-1]),
+                epsilon=GROUP_NORM_EPSILON,
+                use_fast_variance=False,
+                dtype=self.dtype,
+                name="group_norm",
+            )(x)
         return nn.BatchNorm(
             use_running_average=not train,
             momentum=BATCH_NORM_MOMENTUM,
@@ -131,18 +158,31 @@ def _phase(x: jax.Array, kernel: jax.Array, p: int, q: int) -> jax.Array:
 
 
 class ResidualBlock(nn.Module):
-    """act(x + norm(conv(act(norm(conv(x)))))) with 3 x 3 convolutions (He et al. 2016, arXiv:1512.03385)."""
+    """Two 3 x 3 convolutions beside a shortcut: [N, H, W, C] -> [N, H, W, C].
+
+    ``residual`` "post": act(x + norm(conv(act(norm(conv(x)))))) (He et al. 2016, arXiv:1512.03385). "pre":
+    x + conv(act(norm(conv(act(norm(x)))))), whose shortcut is the identity (He et al. 2016, arXiv:1603.05027).
+    """
 
     axis_name: str | None = None
     dtype: Dtype = jnp.float32
+    norm: Literal["batch", "group"] = "batch"
+    residual: Literal["post", "pre"] = "post"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         features = x.shape[-1]
+        norm = {"axis_name": self.axis_name, "dtype": self.dtype, "kind": self.norm}
+        if self.residual == "pre":
+            y = leaky_relu(Norm(**norm, name="norm1")(x, train=train))
+            y = Conv(features, 3, padding=1, dtype=self.dtype, name="conv1")(y)
+            y = leaky_relu(Norm(**norm, name="norm2")(y, train=train))
+            y = Conv(features, 3, padding=1, dtype=self.dtype, name="conv2")(y)
+            return checkpoint_name(x + y, BLOCK)
         y = Conv(features, 3, padding=1, dtype=self.dtype, name="conv1")(x)
-        y = leaky_relu(Norm(self.axis_name, self.dtype, name="norm1")(y, train=train))
+        y = leaky_relu(Norm(**norm, name="norm1")(y, train=train))
         y = Conv(features, 3, padding=1, dtype=self.dtype, name="conv2")(y)
-        y = Norm(self.axis_name, self.dtype, name="norm2")(y, train=train)
+        y = Norm(**norm, name="norm2")(y, train=train)
         return checkpoint_name(leaky_relu(x + y), BLOCK)
 
 

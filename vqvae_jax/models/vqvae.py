@@ -1,5 +1,7 @@
 """The VQ-VAE: encoder, quantizer and decoder for images of one channel."""
 
+from typing import Literal
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -25,7 +27,7 @@ ESTIMATORS = {"straight-through": straight_through, "rotation": rotation_trick}
 
 
 class Encoder(nn.Module):
-    """Images [N, H, W, 1] to latents [N, H / 4, W / 4, embedding_dim]."""
+    """Images [N, H, W, 1] to latents [N, h, w, embedding_dim], where h = H / 2**halvings and w = W / 2**halvings."""
 
     hidden_channels: int
     embedding_dim: int
@@ -33,37 +35,55 @@ class Encoder(nn.Module):
     latent_norm: bool = True
     axis_name: str | None = None
     dtype: Dtype = jnp.float32
+    norm: Literal["batch", "group"] = "batch"
+    halvings: int = 2
+    residual: Literal["post", "pre"] = "post"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        norm = {"axis_name": self.axis_name, "dtype": self.dtype}
+        shared = {"axis_name": self.axis_name, "dtype": self.dtype}
+        norm, block = shared | {"kind": self.norm}, shared | {"norm": self.norm, "residual": self.residual}
         x = Downsample(self.hidden_channels // 2, self.dtype, name="down1")(x)
         x = leaky_relu(Norm(**norm, name="norm1")(x, train=train))
         x = Downsample(self.hidden_channels, self.dtype, name="down2")(x)
         x = leaky_relu(Norm(**norm, name="norm2")(x, train=train))
+        for number in range(1, self.halvings - 1):
+            x = Downsample(self.hidden_channels, self.dtype, name=f"extra_down{number}")(x)
+            x = leaky_relu(Norm(**norm, name=f"extra_norm{number}")(x, train=train))
         for number in range(self.residual_blocks):
-            x = ResidualBlock(**norm, name=f"residual{number + 1}")(x, train=train)
+            x = ResidualBlock(**block, name=f"residual{number + 1}")(x, train=train)
+        if self.residual == "pre" and self.residual_blocks:
+            x = leaky_relu(Norm(**norm, name="residual_norm")(x, train=train))  # the last sum has had neither
         x = SelfAttention(self.dtype, name="attention")(x)
         x = Conv(self.embedding_dim, 3, padding=1, dtype=self.dtype, name="conv3")(x)
         return Norm(**norm, name="norm3")(x, train=train) if self.latent_norm else x
 
 
 class Decoder(nn.Module):
-    """Latents [N, h, w, D] to images [N, 4 h, 4 w, 1] in [0, 1], float32."""
+    """Latents [N, h, w, D] to images [N, 2**halvings h, 2**halvings w, 1] in [0, 1], float32."""
 
     hidden_channels: int
     residual_blocks: int = 2
     axis_name: str | None = None
     dtype: Dtype = jnp.float32
+    norm: Literal["batch", "group"] = "batch"
+    halvings: int = 2
+    residual: Literal["post", "pre"] = "post"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        norm = {"axis_name": self.axis_name, "dtype": self.dtype}
+        shared = {"axis_name": self.axis_name, "dtype": self.dtype}
+        norm, block = shared | {"kind": self.norm}, shared | {"norm": self.norm, "residual": self.residual}
         x = Conv(self.hidden_channels, 3, padding=1, dtype=self.dtype, name="conv1")(x)
         x = leaky_relu(Norm(**norm, name="norm1")(x, train=train))
         x = SelfAttention(self.dtype, name="attention")(x)
         for number in range(self.residual_blocks):
-            x = ResidualBlock(**norm, name=f"residual{number + 1}")(x, train=train)
+            x = ResidualBlock(**block, name=f"residual{number + 1}")(x, train=train)
+        if self.residual == "pre" and self.residual_blocks:
+            x = leaky_relu(Norm(**norm, name="residual_norm")(x, train=train))  # the last sum has had neither
+        for number in range(1, self.halvings - 1):
+            x = Upsample(self.hidden_channels, self.dtype, name=f"extra_up{number}")(x)
+            x = leaky_relu(Norm(**norm, name=f"extra_norm{number}")(x, train=train))
         x = Upsample(self.hidden_channels // 2, self.dtype, name="up1")(x)
         x = leaky_relu(Norm(**norm, name="norm2")(x, train=train))
         x = Upsample(1, self.dtype, name="up2")(x)
@@ -72,7 +92,7 @@ class Decoder(nn.Module):
 
 @flax.struct.dataclass
 class VQVAEOutput:
-    """``reconstruction`` [N, H, W, 1] in [0, 1], and the quantizer's output for latents [N, H/4, W/4, D]."""
+    """``reconstruction`` [N, H, W, 1] in [0, 1], and the quantizer's output for latents [N, h, w, D]."""
 
     reconstruction: jax.Array
     quantizer: QuantizerOutput
@@ -134,18 +154,21 @@ class VQVAE(nn.Module):
             "residual_blocks": config.residual_blocks,
             "axis_name": self.axis_name,
             "dtype": jnp.dtype(config.precision),
+            "norm": config.norm,
+            "halvings": config.halvings,
+            "residual": config.residual,
         }
         self.encoder = Encoder(embedding_dim=config.embedding_dim, latent_norm=config.latent_norm, **shared)
         self.quantizer = make_quantizer(config, self.axis_name)
         self.decoder = Decoder(**shared)
 
     def __call__(self, images: jax.Array, *, train: bool = False) -> VQVAEOutput:
-        """Encodes, quantizes and decodes images [N, H, W, 1] in [0, 1]; H and W are multiples of 4."""
+        """Encodes, quantizes and decodes images [N, H, W, 1] in [0, 1]; H and W are multiples of the downsampling."""
         quantized = self.quantize(self.encode(images, train=train), train=train)
         return VQVAEOutput(self.decode(quantized.quantized, train=train), quantized)
 
     def encode(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        """Latents [N, H / 4, W / 4, D] of images [N, H, W, 1]."""
+        """Latents [N, h, w, D] of images [N, H, W, 1]."""
         return self.encoder(images, train=train)
 
     def quantize(self, latents: jax.Array, *, train: bool = False) -> QuantizerOutput:
@@ -161,7 +184,7 @@ class VQVAE(nn.Module):
         return _from_published_rows(vectors) if self.config.published_flatten else vectors
 
     def decode(self, vectors: jax.Array, *, train: bool = False) -> jax.Array:
-        """Images [N, 4 h, 4 w, 1] in [0, 1] of vectors [N, h, w, D]."""
+        """Images [N, H, W, 1] in [0, 1] of vectors [N, h, w, D]."""
         return self.decoder(vectors, train=train)
 
 
