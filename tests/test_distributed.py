@@ -19,6 +19,7 @@ from vqvae_jax.errors import CheckpointError, ConfigError
 # of the rounding errors that are the gradients of biases before batch norm.
 SETTINGS = [*TINY, "--codebook-update", "gradient", "--learning-rate", "1e-5", "--sample-images", "0"]
 SETTINGS += ["--residual-blocks", "0", "--perceptual-weight", "0"]  # sooner compiled
+SETTINGS += ["--flip", "--gamma", "0.3"]  # drawn for each image, whoever reads it
 TIMINGS = ("images_per_second", "input_wait")
 LOST = "another process of this run has ended"
 
