@@ -20,6 +20,8 @@ from vqvae_jax.errors import CheckpointError, ConfigError
 SETTINGS = [*TINY, "--codebook-update", "gradient", "--learning-rate", "1e-5", "--sample-images", "0"]
 SETTINGS += ["--residual-blocks", "0", "--perceptual-weight", "0"]  # sooner compiled
 SETTINGS += ["--flip", "--gamma", "0.3"]  # drawn for each image, whoever reads it
+LIMITS = {"train": {"rel": 3e-5}, "validation": {"rel": 3e-5, "abs": 1e-5}}
+"""Losses agree relative to themselves, metrics to their scale of 1: an untrained model's SSIM may lie near 0."""
 TIMINGS = ("images_per_second", "input_wait")
 LOST = "another process of this run has ended"
 
@@ -112,9 +114,9 @@ def stopped(place, alone):
 
 def test_two_processes_train_as_one_does(alone, stopped):
     run, *_ = stopped
-    for split in ("train", "validation"):
+    for split in LIMITS:
         for one, two in zip(entries(alone, split), entries(run, split), strict=False):
-            assert two == pytest.approx(one, rel=3e-5), split
+            assert two == pytest.approx(one, **LIMITS[split]), split
 
 
 def test_all_stop_when_one_is_told_to_and_the_first_alone_writes_and_prints(stopped):
@@ -147,10 +149,10 @@ def test_two_processes_go_on_with_a_run_of_one_and_evaluate_it(place, alone):
     assert done.returncode == 0, done.stderr
     assert [entry["epoch"] for entry in entries(run, "train")] == [1, 2, 3, 4]
     for split in ("train", "validation"):
-        assert entries(run, split)[-1] == pytest.approx(entries(whole, split)[-1], rel=3e-5)
+        assert entries(run, split)[-1] == pytest.approx(entries(whole, split)[-1], **LIMITS[split])
     one, two = (json.loads((folder / "eval/test/metrics.json").read_text()) for folder in (whole, run))
     assert two.pop("protocol") == one.pop("protocol")
-    assert two == pytest.approx(one, rel=3e-5)
+    assert two == pytest.approx(one, **LIMITS["validation"])
     one, two = ((folder / "eval/test/per_slice.csv").read_text().splitlines() for folder in (whole, run))
     assert [row.split(",")[:5] for row in two] == [row.split(",")[:5] for row in one]
 
