@@ -114,9 +114,9 @@ def stopped(place, alone):
 
 def test_two_processes_train_as_one_does(alone, stopped):
     run, *_ = stopped
-    for split in LIMITS:
+    for split, limit in LIMITS.items():
         for one, two in zip(entries(alone, split), entries(run, split), strict=False):
-            assert two == pytest.approx(one, **LIMITS[split]), split
+            assert two == pytest.approx(one, **limit), split
 
 
 def test_all_stop_when_one_is_told_to_and_the_first_alone_writes_and_prints(stopped):
