@@ -57,5 +57,5 @@ def test_startup():
 
 @pytest.mark.slow
 def test_scaling():
-    rows = run_benchmark("scaling.py", "--rounds", 1, "--batch-size", 2, "--vary", "devices", "--steps", 0)
+    rows = run_benchmark("scaling.py", "--rounds", 1, "--batch-size", 4, "--vary", "devices", "--steps", 0)
     assert len(rows) == 3

@@ -9,6 +9,7 @@ cannot be called from it), so ``watch`` reads along on stderr and handles the si
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import sys
 import threading
@@ -25,6 +26,8 @@ _ABORTS = b"JAX distributed service detected fatal errors"
 """In the last line that the coordination service logs before it aborts."""
 _SERVICE = b"coordination_service"
 """In its other lines: the names of the files that log them."""
+_RECORD = re.compile(rb"[IWEF]\d{4} ")
+"""How a record of XLA's log begins: its severity and date."""
 _SIGNS = ("Gloo", "NCCL", "RCCL", "coordination service", "CoordinationService")
 """In messages of errors that a lost process causes in the others."""
 _READING_ALONG = 2.0
@@ -70,11 +73,14 @@ def abort_means(message: str) -> Iterator[None]:
 
 def _pass_on(reading: int, shown: int, aborts: threading.Event) -> None:
     """Copies lines, up to those of the coordination service that say at length what is said in one."""
+    about_loss = False
     with os.fdopen(reading, "rb") as lines:
         for line in lines:
             if _ABORTS in line:
                 aborts.set()
-            if _SERVICE not in line and not aborts.is_set():
+            if _RECORD.match(line):  # other lines belong to the record before them
+                about_loss = _SERVICE in line
+            if not about_loss and not aborts.is_set():
                 os.write(shown, line)
 
 
