@@ -100,8 +100,10 @@ def make_optimizer(config: TrainingConfig, steps_per_epoch: int) -> optax.Gradie
     codes do not decay.
     """
     schedule = learning_rate_schedule(config, steps_per_epoch)
-    adam = optax.adamw(schedule, weight_decay=config.weight_decay, mask=_kernels) if config.weight_decay else None
-    adam = adam or optax.adam(schedule)
+    if config.weight_decay:
+        adam = optax.adamw(schedule, weight_decay=config.weight_decay, mask=_kernels)
+    else:
+        adam = optax.adam(schedule)
     if not config.gradient_clip:
         return adam
     return optax.chain(optax.clip_by_global_norm(config.gradient_clip), adam)
@@ -114,19 +116,25 @@ def _kernels(params: Any) -> Any:
 def create_train_state(config: Config, steps_per_epoch: int) -> TrainState:
     """A fresh state; the same for the same seed, on every process."""
     model = VQVAE(config.model, axis_name=AXIS)
-    image = jnp.zeros((1, *config.model.image_size, 1))
+    optimizer = make_optimizer(config.training, steps_per_epoch)
+
+    def init(key: jax.Array) -> tuple[Variables, Any]:
+        variables = VQVAE(config.model).init(key, jnp.zeros((1, *config.model.image_size, 1)))
+        return variables, optimizer.init(variables["params"])
+
     key = jax.random.key(config.training.seed)
     options = None if isinstance(key, jax.core.Tracer) else compilation.QUICKLY  # asked for shapes alone
-    variables = jax.jit(VQVAE(config.model).init, compiler_options=options)(key, image)
+    variables, opt_state = jax.jit(init, compiler_options=options)(key)
     params = variables.pop("params")
-    state = TrainState.create(
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
         apply_fn=model.apply,
         params=params,
         model_state=variables,
-        tx=make_optimizer(config.training, steps_per_epoch),
+        tx=optimizer,
+        opt_state=opt_state,
     )
-    averaged = state.replace(average=_averaged(state)) if config.training.average_decay else state
-    return averaged.replace(step=jnp.zeros((), jnp.int32))
+    return state.replace(average=_averaged(state)) if config.training.average_decay else state
 
 
 def _averaged(state: TrainState) -> Any:
@@ -193,7 +201,6 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, VggParam
     averaged; the model's other state (running statistics, EMA codebook) moves with each part.
     """
     gradient = jax.grad(make_loss(config), has_aux=True)
-    parts = config.training.accumulate
 
     def backward(state, images, vgg_params, part=0):
         if config.augmentation != AugmentationConfig():
@@ -201,13 +208,13 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, VggParam
             for number in (AUGMENTATION, state.step, part):
                 key = jax.random.fold_in(key, number)
             images = augmentation.augment(key, images, config.augmentation, _places(len(images)))
-        gradients, (losses, counts, model_state) = gradient(state.params, state, images, vgg_params)
-        return state.replace(model_state=model_state), (gradients, losses, counts)
+        gradients, (loss, counts, model_state) = gradient(state.params, state, images, vgg_params)
+        return state.replace(model_state=model_state), (gradients, loss, counts)
 
     def finish(state, found):
-        gradients, losses, counts = found
-        gradients, losses = jax.lax.pmean((gradients, losses), AXIS)
-        metrics = StepMetrics(losses, optax.tree.norm(gradients), jax.lax.psum(counts, AXIS))
+        gradients, loss, counts = found
+        gradients, loss = jax.lax.pmean((gradients, loss), AXIS)
+        metrics = StepMetrics(loss, optax.tree.norm(gradients), jax.lax.psum(counts, AXIS))
         state = state.apply_gradients(grads=gradients)
         if config.training.average_decay:
             # Young averages follow the weights closely, or they would long remember the random start.
@@ -216,21 +223,26 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, VggParam
             state = state.replace(average=average)
         return state, metrics
 
-    if parts == 1:
-        return _pmap(lambda *arguments: finish(*backward(*arguments)), (None, 0, None), (None, None), donate=(0,))
+    if config.training.accumulate > 1:
+        return _accumulated(config, backward, finish)
+    return _pmap(lambda *arguments: finish(*backward(*arguments)), (None, 0, None), (None, None), donate=(0,))
+
+
+def _accumulated(config: Config, backward: Callable, finish: Callable) -> Callable:
+    """The step of `make_train_step` part by part: ``backward`` on each, then ``finish`` on their mean."""
+    parts = config.training.accumulate
 
     def zeros(state, _device):
-        counts = jnp.zeros(config.model.num_codes)
-        parts = losses.Losses(*jnp.zeros(len(dataclasses.fields(losses.Losses))))
-        return jax.tree.map(jnp.zeros_like, state.params), parts, counts
+        loss = losses.Losses(*jnp.zeros(len(dataclasses.fields(losses.Losses))))
+        return jax.tree.map(jnp.zeros_like, state.params), loss, jnp.zeros(config.model.num_codes)
 
     def add(state, sums, images, vgg_params, part):
-        model_state, found = backward(state, images, vgg_params, part)
-        return model_state, jax.tree.map(jnp.add, sums, found)
+        state, found = backward(state, images, vgg_params, part)
+        return state, jax.tree.map(jnp.add, sums, found)
 
     def divide(state, sums):
-        gradients, losses, counts = sums
-        return finish(state, (*jax.tree.map(lambda x: x / parts, (gradients, losses)), counts))
+        gradients, loss, counts = sums
+        return finish(state, (*jax.tree.map(lambda x: x / parts, (gradients, loss)), counts))
 
     # Not a scan within one program: XLA runs convolutions in a loop several times slower on a CPU.
     begin = _pmap(zeros, (None, 0), 0)
