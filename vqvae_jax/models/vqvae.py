@@ -142,6 +142,8 @@ class VQVAE(nn.Module):
       >>> vectors = model.apply(variables, codes, method="lookup")
       >>> model.apply(variables, vectors, method="decode").shape
       (2, 32, 16, 1)
+      >>> model.apply(variables, model.apply(variables, images, method="to_codes"), method="from_codes").shape
+      (2, 32, 16, 1)
     """
 
     config: ModelConfig
@@ -186,6 +188,14 @@ class VQVAE(nn.Module):
     def decode(self, vectors: jax.Array, *, train: bool = False) -> jax.Array:
         """Images [N, H, W, 1] in [0, 1] of vectors [N, h, w, D]."""
         return self.decoder(vectors, train=train)
+
+    def to_codes(self, images: jax.Array) -> tuple[jax.Array, ...]:
+        """All that is kept of images [N, H, W, 1]: the indices int32 [N, h, w] of each level, the finest first."""
+        return (self.quantize(self.encode(images)).indices,)
+
+    def from_codes(self, codes: tuple[jax.Array, ...]) -> jax.Array:
+        """Images [N, H, W, 1] in [0, 1] of what ``to_codes`` returned."""
+        return self.decode(self.lookup(codes[0]))
 
 
 # The published code flattens [N, D, h, w] with view(-1, D), channels not moved last, so that its "vectors" are
