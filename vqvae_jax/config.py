@@ -20,7 +20,7 @@ MOST_CODES = 2**24
 """Counts of codes are float32, which holds every whole number up to this."""
 CODEBOOK_OPTIONS = ("codebook_update", "cosine_codes", "code_dim", "entropy_weight", "gradient_estimator")
 """Fields of ModelConfig that change how a codebook is learned."""
-ARCHITECTURE_OPTIONS = ("norm", "downsampling", "residual")
+ARCHITECTURE_OPTIONS = ("norm", "downsampling", "residual", "attention")
 """Fields of ModelConfig that make another network than the published one."""
 
 
@@ -57,6 +57,9 @@ class ModelConfig:
     residual: Literal["post", "pre"] = "post"
     """Where a residual block has its norms and activations: after its convolutions and the sum, or before its
     convolutions, so that the sum passes from block to block unchanged (a norm and activation follow the last)."""
+    attention: bool = True
+    """A self-attention block in encoder and decoder, in which every position sees all others; its time grows with
+    the square of the pixels."""
     embedding_dim: int = 128
     """Width D of a code."""
     quantizer: Literal["vq", "fsq"] = "vq"

@@ -17,6 +17,7 @@ from vqvae_jax.models.vqvae import VQVAE
 OPTIONS = {
     "group norm": {"norm": "group"},
     "downsampling 8, pre-activation": {"downsampling": 8, "residual": "pre"},
+    "group norm, no attention": {"norm": "group", "attention": False},
     "all, ema": {"norm": "group", "downsampling": 16, "residual": "pre", "codebook_update": "ema"},
 }
 AVERAGED = ("group norm", "all, ema")
@@ -122,3 +123,17 @@ def test_pre_activation_ends_with_a_norm_and_an_activation(blocks):
     added = {("encoder", "residual_norm"), ("decoder", "residual_norm")} if blocks else set()
     assert parts["pre"] - parts["post"] == added
     assert parts["post"] <= parts["pre"]
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_attention_alone_sees_the_whole_image(attention):
+    """A pixel in one corner moves the latent of the other only by attention, whose gamma is set off 0 here."""
+    model = config(attention=attention, image_size=(64, 64), residual_blocks=0).model
+    image = jnp.zeros((1, 64, 64, 1))
+    variables = jax.device_get(jax.jit(VQVAE(model).init)(jax.random.key(0), image))
+    if attention:
+        variables["params"]["encoder"]["attention"]["gamma"] = np.ones(())
+    encode = jax.jit(lambda image: VQVAE(model).apply(variables, image, method="encode"))
+    moved = encode(image) != encode(image.at[0, 0, 0].set(1))
+    assert moved[0, 0, 0].any()
+    assert bool(moved[0, -1, -1].any()) == attention

@@ -38,6 +38,7 @@ class Encoder(nn.Module):
     norm: Literal["batch", "group"] = "batch"
     halvings: int = 2
     residual: Literal["post", "pre"] = "post"
+    attention: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -54,7 +55,8 @@ class Encoder(nn.Module):
             x = ResidualBlock(**block, name=f"residual{number + 1}")(x, train=train)
         if self.residual == "pre" and self.residual_blocks:
             x = leaky_relu(Norm(**norm, name="residual_norm")(x, train=train))  # the last sum has had neither
-        x = SelfAttention(self.dtype, name="attention")(x)
+        if self.attention:
+            x = SelfAttention(self.dtype, name="attention")(x)
         x = Conv(self.embedding_dim, 3, padding=1, dtype=self.dtype, name="conv3")(x)
         return Norm(**norm, name="norm3")(x, train=train) if self.latent_norm else x
 
@@ -69,6 +71,7 @@ class Decoder(nn.Module):
     norm: Literal["batch", "group"] = "batch"
     halvings: int = 2
     residual: Literal["post", "pre"] = "post"
+    attention: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -76,7 +79,8 @@ class Decoder(nn.Module):
         norm, block = shared | {"kind": self.norm}, shared | {"norm": self.norm, "residual": self.residual}
         x = Conv(self.hidden_channels, 3, padding=1, dtype=self.dtype, name="conv1")(x)
         x = leaky_relu(Norm(**norm, name="norm1")(x, train=train))
-        x = SelfAttention(self.dtype, name="attention")(x)
+        if self.attention:
+            x = SelfAttention(self.dtype, name="attention")(x)
         for number in range(self.residual_blocks):
             x = ResidualBlock(**block, name=f"residual{number + 1}")(x, train=train)
         if self.residual == "pre" and self.residual_blocks:
@@ -159,6 +163,7 @@ class VQVAE(nn.Module):
             "norm": config.norm,
             "halvings": config.halvings,
             "residual": config.residual,
+            "attention": config.attention,
         }
         self.encoder = Encoder(embedding_dim=config.embedding_dim, latent_norm=config.latent_norm, **shared)
         self.quantizer = make_quantizer(config, self.axis_name)
