@@ -70,7 +70,7 @@ def recipes() -> dict[str, tuple[str, ...]]:
     found, flags = {}, ()
     for name, more in ADDED.items():
         flags += more
-        found[name if not more else f"+ {name}"] = flags
+        found[f"+ {name}" if found else name] = flags
     return found | {f"all of these, {name}": flags + more for name, more in ALTERNATIVES.items()}
 
 
