@@ -130,6 +130,11 @@ def overwrite(rng, content):
     content[start : start + count] = [bytes(count), b"\xff" * count, rng.bytes(count)][rng.integers(3)]
 
 
+def zipped(content, level=6):
+    return gzip.compress(content, level, mtime=0)  # the same bytes each time
+
+
+BOMB = zipped(bytes(1 << 22))
 MUTATIONS = {
     "none": lambda rng, content: None,
     "flip in the header": lambda rng, content: flip(rng, content, 560),
@@ -148,11 +153,11 @@ PACKINGS = {
     "wrong checksum": lambda rng, content, packed: flip(rng, memoryview(packed)[-8:], 8),
     "garbage": lambda rng, content, packed: packed.extend(rng.bytes(int(rng.integers(1, 40)))),
     "padding": lambda rng, content, packed: packed.extend(bytes(int(rng.integers(1, 600)))),
-    "a member more": lambda rng, content, packed: packed.extend(gzip.compress(rng.bytes(100))),
+    "a member more": lambda rng, content, packed: packed.extend(zipped(rng.bytes(100))),
     "members": lambda rng, content, packed: packed.__setitem__(
-        slice(None), b"".join(gzip.compress(content[start : start + 200]) for start in range(0, len(content), 200))
+        slice(None), b"".join(zipped(content[start : start + 200]) for start in range(0, len(content), 200))
     ),
-    "bomb": lambda rng, content, packed: packed.extend(gzip.compress(bytes(1 << 22), 1)),
+    "bomb": lambda rng, content, packed: packed.extend(BOMB),
 }
 
 
@@ -164,7 +169,7 @@ def malformed_file(seed, index):
         MUTATIONS[name](rng, content)
     if rng.random() < 0.5:
         return bytes(content), name
-    packed = bytearray(gzip.compress(bytes(content), int(rng.integers(10))))
+    packed = bytearray(zipped(bytes(content), int(rng.integers(10))))
     if rng.random() < 0.5:
         packing = str(rng.choice([*PACKINGS]))
         PACKINGS[packing](rng, bytes(content), packed)
