@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import io
+import logging
 import math
 import zlib
 from pathlib import Path
@@ -19,8 +20,13 @@ MIN_SIDE = 7
 """Sides below SSIM's 7 x 7 window cannot be evaluated."""
 MAX_INTENSITY = 1e38
 """Differences of larger voxels overflow float32."""
+_HEADER_BYTES = (348, 540)  # NIfTI-1 and -2
+_MAX_AXES = 7
 _TRAILING_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 22
+_SLAB_VOXELS = 1 << 16
+_SILENT = logging.getLogger("vqvae_jax.nibabel")
+_SILENT.setLevel(logging.CRITICAL + 1)  # nibabel tells stderr of each value it repairs
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # Rec. 601
 
 
@@ -41,10 +47,11 @@ class Slice:
 
 
 def read(source: Path | BinaryIO, size: int | None = None) -> Volume:
-    """Reads a ``.nii`` or ``.nii.gz`` file (NIfTI-1 or -2, either byte order, any voxel type).
+    """Reads a ``.nii`` or ``.nii.gz`` file (NIfTI-1 or -2, either byte order, any voxel type up to 64-bit parts).
 
     ``scl_slope`` and ``scl_inter`` are applied; complex voxels become magnitudes and RGB voxels their
-    luma. Trailing axes of length 1 are dropped. Never allocates more than the file's size can justify.
+    luma. Trailing axes of length 1 are dropped. Takes at most twice the bytes of the file (unzipped) and 4 bytes a
+    voxel, whatever its header says.
 
     Args:
       source: a path, or a binary stream (then ``size`` is needed).
@@ -56,6 +63,8 @@ def read(source: Path | BinaryIO, size: int | None = None) -> Volume:
     """
     if isinstance(source, Path):
         try:
+            if source.is_fifo():  # opening it would wait for a writer
+                raise DataError("is a pipe; expected a file")
             with source.open("rb") as stream:
                 return read(stream, source.stat().st_size)
         except OSError as error:
@@ -71,8 +80,8 @@ def _read_bounded(stream: BinaryIO, size: int) -> bytes:
     try:
         compressed = buffered.peek(2)[:2] == b"\x1f\x8b"
         reader = gzip.GzipFile(fileobj=buffered) if compressed else buffered
-        head = reader.read(540)
-        expected = _bytes_needed(head)
+        head = reader.read(_HEADER_BYTES[-1])
+        expected = _bytes_needed(_header(head))
         if expected > size * (MAX_DEFLATE_RATIO if compressed else 1):
             raise DataError(
                 f"is truncated: its header announces {expected} bytes, more than {size} bytes on disk can hold"
@@ -85,73 +94,84 @@ def _read_bounded(stream: BinaryIO, size: int) -> bytes:
             parts.append(part)
             count += len(part)
         # Reading on to the end makes gzip check its checksum.
-        trailing = 0
-        while compressed and (part := reader.read(_CHUNK_BYTES)):
-            trailing += len(part)
-            if trailing > _TRAILING_BYTES:
-                raise DataError(f"holds more than the {expected} bytes its header announces")
+        if compressed and len(reader.read(_TRAILING_BYTES + 1)) > _TRAILING_BYTES:
+            raise DataError(f"holds more than the {expected} bytes its header announces")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"is truncated or damaged ({error})") from error
     return b"".join(parts)
 
 
-def _image_class(head: bytes) -> type:
-    first = head[:4]
-    for cls, length in ((nibabel.Nifti1Image, 348), (nibabel.Nifti2Image, 540)):
-        if first in (length.to_bytes(4, "little"), length.to_bytes(4, "big")) and len(head) >= length:
-            return cls
+def _header(head: bytes) -> nibabel.Nifti1Header:
+    """The header, repaired where nibabel can, of a file that begins with ``head``.
+
+    Extensions are left alone: nibabel warns of or fails on damaged ones, and no voxel depends on them.
+    """
+    for cls, length in zip((nibabel.Nifti1Header, nibabel.Nifti2Header), _HEADER_BYTES, strict=True):
+        for order in ("little", "big"):
+            if head[:4] == length.to_bytes(4, order) and len(head) >= length:
+                header = cls(head[:length], order, check=False)
+                try:
+                    header.check_fix(_SILENT)
+                except Exception as error:  # nibabel raises many kinds on damaged headers
+                    raise DataError(f"has a damaged header ({error})") from error
+                if header["magic"].item() != header.single_magic:
+                    raise DataError("is the header of a .hdr and .img pair; convert the pair to one .nii file")
+                return header
     raise DataError("is not a NIfTI file")
 
 
-def _bytes_needed(head: bytes) -> int:
-    """File length that follows from the first 540 bytes."""
-    cls = _image_class(head)
-    try:
-        header = cls.header_class(head[: cls.header_class.template_dtype.itemsize], check=False)
-        shape = [int(side) for side in header.get_data_shape()]
-        offset = float(header["vox_offset"])
-        itemsize = header.get_data_dtype().itemsize
-    except (nibabel.spatialimages.HeaderDataError, ValueError, OverflowError, KeyError) as error:
-        raise DataError(f"has a damaged header ({error})") from error
-    if not shape or min(shape) < 1 or not itemsize:
-        raise DataError(f"has no voxels: its shape is {tuple(shape)}")
-    if not 0 <= offset < 2**40:
-        raise DataError(f"has a damaged header (vox_offset is {offset})")
-    start = int(offset) or header.single_vox_offset
-    return start + math.prod(shape) * itemsize
+def _shape(header: nibabel.Nifti1Header) -> tuple[int, ...]:
+    """[X, Y] or [X, Y, Z]."""
+    axes = int(header["dim"][0])
+    if not 1 <= axes <= _MAX_AXES:
+        raise DataError(f"has a damaged header (dim[0] is {axes})")
+    shape = announced = tuple(int(side) for side in header["dim"][1 : axes + 1])
+    if min(shape) < 1:
+        raise DataError(f"has no voxels: its shape is {shape}")
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) not in (2, 3):
+        raise DataError(f"is {len(shape)}-D, of shape {announced}; expected a 2-D slice or a 3-D volume")
+    return shape
+
+
+def _bytes_needed(header: nibabel.Nifti1Header) -> int:
+    """File length that follows from the header."""
+    offset = float(header["vox_offset"])
+    if not header.single_vox_offset <= offset < 2**62:  # nibabel takes 0 literally
+        raise DataError(f"has a damaged header (vox_offset is {offset:g})")
+    return header.get_data_offset() + math.prod(_shape(header)) * header.get_data_dtype().itemsize
 
 
 def _parse(content: bytes) -> Volume:
-    try:
-        image = _image_class(content).from_bytes(content)
-        shape = image.shape
-        while len(shape) > 3 and shape[-1] == 1:
-            shape = shape[:-1]
-        if len(shape) not in (2, 3):
-            raise DataError(f"is {len(shape)}-D, of shape {image.shape}; expected a 2-D slice or a 3-D volume")
-        with np.errstate(over="ignore", invalid="ignore"):
-            voxels = _to_float(image).reshape(shape)
-        affine = np.asarray(image.affine, dtype=np.float64)
-    except DataError:
-        raise
-    except Exception as error:  # nibabel raises many kinds on damaged headers
-        raise DataError(f"has a damaged header ({type(error).__name__}: {error})") from error
-    bad = voxels.size - int((np.abs(voxels) <= MAX_INTENSITY).sum())
+    header = _header(content)
+    shape = _shape(header)
+    with np.errstate(all="ignore"):
+        try:
+            slope, inter = header.get_slope_inter()
+            affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+        except Exception as error:  # nibabel raises many kinds on damaged headers
+            raise DataError(f"has a damaged header ({error})") from error
+        stored = np.frombuffer(content, header.get_data_dtype(), math.prod(shape), header.get_data_offset())
+        voxels, bad = np.empty(stored.size, np.float32), 0
+        for start in range(0, stored.size, _SLAB_VOXELS):  # float64 copies of all voxels would be many times the file
+            slab = voxels[start : start + _SLAB_VOXELS]
+            slab[:] = _scaled(stored[start : start + _SLAB_VOXELS], slope, inter)
+            bad += slab.size - np.count_nonzero(np.abs(slab) <= MAX_INTENSITY)
     if bad:
         raise DataError(f"holds {bad} voxels that are NaN, infinite or beyond {MAX_INTENSITY:g}, of {voxels.size}")
     if not np.isfinite(affine).all():
         raise DataError("has a damaged header (its affine is not finite)")
-    return Volume(voxels, affine)
+    return Volume(voxels.reshape(shape, order="F"), affine)
 
 
-def _to_float(image: nibabel.Nifti1Image) -> np.ndarray:
-    dtype = image.get_data_dtype()
-    if dtype.fields:
-        colours = image.dataobj.get_unscaled()  # NIfTI: scl_slope does not hold for colours
-        return np.stack([colours[name].astype(np.float32) for name in "RGB"], axis=-1) @ _LUMA
-    if dtype.kind == "c":
-        return np.abs(np.asanyarray(image.dataobj)).astype(np.float32)
-    return np.asarray(image.dataobj, dtype=np.float32)
+def _scaled(stored: np.ndarray, slope: float | None, inter: float | None) -> np.ndarray:
+    """Real intensities [N] of stored voxels [N]; no slope, no scaling."""
+    if stored.dtype.fields:  # NIfTI: scl_slope does not hold for colours
+        return np.stack([stored[name].astype(np.float32) for name in "RGB"], axis=-1) @ _LUMA
+    if slope is not None and (slope, inter) != (1, 0):
+        stored = stored * np.float64(slope) + np.float64(inter)
+    return np.abs(stored) if stored.dtype.kind == "c" else stored
 
 
 def slices(volume: Volume, slice_axis: int = -1) -> list[Slice]:
