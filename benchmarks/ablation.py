@@ -26,6 +26,7 @@ from skimage.transform import resize
 
 from vqvae_jax.data import nifti, source
 
+COSINE = ("--schedule", "cosine", "--warmup-steps", "20")
 MOVES = ("--rotation", "5", "--zoom", "0.05", "--shift", "0.02")
 ADDED = {
     "published network and loss": (
@@ -35,11 +36,12 @@ ADDED = {
     "EMA codebook": ("--codebook-update", "ema"),
     "no norm on the latents": ("--no-latent-norm",),
     "SSIM term": ("--ssim-weight", "0.5"),
-    "warm-up and cosine": ("--schedule", "cosine", "--warmup-steps", "20"),
-    "twice the rate": ("--learning-rate", "2e-3"),
 }
 """Each with all above it."""
 ALTERNATIVES = {
+    "warm-up and cosine": COSINE,
+    "warm-up and cosine, twice the rate": (*COSINE, "--learning-rate", "2e-3"),
+    "twice the rate": ("--learning-rate", "2e-3"),
     "averaged weights": ("--average-decay", "0.98"),
     "SSIM term of weight 1": ("--ssim-weight", "1"),
     "MS-SSIM for SSIM": ("--ssim-weight", "0", "--ms-ssim-weight", "0.5"),
