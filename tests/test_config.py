@@ -67,6 +67,8 @@ def test_every_field_survives_json():
         "norm": "group",
         "downsampling": 16,
         "residual": "pre",
+        "levels": 2,
+        "upsampling": "nearest",
         "on_bad_file": "skip",
         "fit": "resize",
         "remat": "full",

@@ -53,16 +53,16 @@ def trained():
 
     variables = jax.tree.map_with_path(disturb, variables)
     for level in ("top", "bottom"):  # the bottom's latents depend on the top's codes
-        latents = latents_of(variables)[level].reshape(-1, D)
+        latents = run(variables)[1][level].reshape(-1, D)
         variables["params"]["quantizer"][level]["embedding"] = rng.choice(latents, K, replace=False)
     return variables
 
 
-def latents_of(variables):
-    """Each level's latents, as the model made them for ``images()``."""
-    _, kept = method("__call__", capture_intermediates=True, mutable="intermediates")(variables, images())
+def run(variables):
+    """The model's output for ``images()``, and each level's latents on the way."""
+    found, kept = method("__call__", capture_intermediates=True, mutable="intermediates")(variables, images())
     within = kept["intermediates"]["quantizer"]
-    return {level: np.asarray(within[f"latents_{level}"]["__call__"][0]) for level in ("bottom", "top")}
+    return found, {level: np.asarray(within[f"latents_{level}"]["__call__"][0]) for level in ("bottom", "top")}
 
 
 @pytest.mark.parametrize("downsampling", [4, 8])
@@ -80,9 +80,9 @@ def test_the_top_level_stands_for_twice_the_square(downsampling):
 def test_each_level_has_its_nearest_codes_and_the_losses_add_up():
     """By NumPy from each level's latents; the straight-through output is what the codes alone give."""
     variables = trained()
-    found = method("__call__")(variables, images())
+    found, by_level = run(variables)
     loss = 0
-    for level, (name, latents) in enumerate(latents_of(variables).items()):
+    for level, (name, latents) in enumerate(by_level.items()):
         codes = variables["params"]["quantizer"][name]["embedding"]
         chosen = np.square(latents[..., None, :] - codes).sum(-1).argmin(-1)
         assert len(np.unique(chosen)) > K // 2
@@ -95,7 +95,7 @@ def test_each_level_has_its_nearest_codes_and_the_losses_add_up():
 
 
 def test_codes_alone_give_the_reconstruction():
-    whole = method("__call__")(trained(), images())
+    whole, _ = run(trained())
     codes = method("to_codes")(trained(), images())
     jax.tree.map(np.testing.assert_array_equal, codes, whole.indices)
     decoded = method("from_codes")(trained(), codes)
@@ -118,7 +118,7 @@ def test_the_bottom_codes_depend_on_the_top_ones():
     """With the top's codes mirrored, the bottom's latents are others and its codes too; the top's stay the same."""
     variables, mirrored = trained(), jax.tree.map(np.copy, trained())
     mirrored["params"]["quantizer"]["decoder_top"]["conv"]["conv"]["kernel"] *= -1
-    before, after = latents_of(variables), latents_of(mirrored)
+    before, after = run(variables)[1], run(mirrored)[1]
     np.testing.assert_array_equal(before["top"], after["top"])
     assert np.abs(before["bottom"] - after["bottom"]).max() > 0.1
     (bottom, top), (other, same) = (method("to_codes")(values, images()) for values in (variables, mirrored))
@@ -149,13 +149,13 @@ def test_both_levels_learn_and_go_on_after_a_resume(short_start, tmp_path):
     from a checkpoint."""
     options = {"codebook_update": "ema", "code_dim": 2, "norm": "group", "upsampling": "nearest", "residual_blocks": 0}
     in_parts = {"accumulate": 2, "remat": "full"}
-    run = Config(
+    settings = Config(
         model=dataclasses.replace(MODEL, **options),
         loss=LossConfig(perceptual_weight=0),
         training=TrainingConfig(batch_size=BATCH, learning_rate=3e-3, **in_parts),
     )
-    step = training.make_train_step(run)
-    initial = jax.device_get(training.create_train_state(run, steps_per_epoch=10))
+    step = training.make_train_step(settings)
+    initial = jax.device_get(training.create_train_state(settings, steps_per_epoch=10))
     state = training.replicate(jax.tree.map(jnp.array, initial))
     for number in range(2):  # attention's projections have no gradient until gamma has moved
         state, metrics = step(state, training.split_over_devices(images(number)), None)
@@ -181,43 +181,51 @@ def test_both_levels_learn_and_go_on_after_a_resume(short_start, tmp_path):
 
 def test_devices_share_both_levels(short_start):
     """Gradients, statistics, codebooks and counts of two halves of a batch along one axis are those of the whole."""
-    run = Config(
-        model=dataclasses.replace(MODEL, codebook_update="ema", residual_blocks=0, entropy_weight=0.1),
-        loss=LossConfig(perceptual_weight=0),
-        training=TrainingConfig(remat="none"),
-    )
-    state = jax.device_get(training.create_train_state(run, steps_per_epoch=10))
+    config = dataclasses.replace(MODEL, codebook_update="ema", entropy_weight=0.1, residual_blocks=0)
+    model = VQVAE(config, axis_name="devices")
+    variables = jax.device_get(jax.jit(VQVAE(config).init)(jax.random.key(0), images()))
     for level in ("bottom", "top"):  # under way, with no code to revive: what is drawn at random differs over devices
-        state.model_state[CODEBOOK]["quantizer"][level]["started"] = np.ones((), bool)
-    state = jax.tree.map(lambda leaf: leaf + np.float32(0.1) if leaf.ndim == 0 and leaf.dtype == "f4" else leaf, state)
-    gradient = jax.grad(training.make_loss(run), has_aux=True)
-    step = jax.jit(jax.vmap(gradient, in_axes=(None, None, 0, None), axis_name=training.AXIS))
+        variables[CODEBOOK]["quantizer"][level]["started"] = np.ones((), bool)
+    features, cotangent = np.random.default_rng(0).standard_normal((2, BATCH, 8, 4, 8)).astype(np.float32)
+    features *= np.linspace(0.2, 2, BATCH, dtype=np.float32)[:, None, None, None]
+
+    def loss(params, features, cotangent):
+        found, kept = model.apply(
+            variables | {"params": params},
+            features,
+            train=True,
+            method="quantize",
+            mutable=["batch_stats", CODEBOOK],
+            rngs={CODEBOOK: jax.random.key(0)},
+        )
+        return jnp.mean(found.quantized * cotangent) + found.loss, (kept, found.counts)
+
+    step = jax.jit(jax.vmap(jax.grad(loss, has_aux=True), in_axes=(None, 0, 0), axis_name="devices"))
 
     def on(devices):
-        split = images().reshape(devices, -1, *images().shape[1:])
-        gradients, (losses, counts, model_state) = jax.device_get(step(state.params, state, split, None))
-        for leaf in jax.tree.leaves(model_state):
+        split = (x.reshape(devices, -1, *x.shape[1:]) for x in (features, cotangent))
+        gradients, (kept, counts) = jax.device_get(step(variables["params"], *split))
+        for leaf in jax.tree.leaves(kept):
             np.testing.assert_array_equal(leaf, np.repeat(leaf[:1], devices, axis=0))
-        mean = functools.partial(jax.tree.map, functools.partial(np.mean, axis=0))
-        return mean((gradients, losses, model_state)), counts.sum(axis=0)
+        return jax.tree.map(functools.partial(np.mean, axis=0), (gradients, kept)), counts.sum(axis=0)
 
     (one, expected), (two, found) = on(1), on(2)
     np.testing.assert_array_equal(found, expected)
     assert (np.count_nonzero(expected, axis=1) > 2).all()
     for (path, a), b in zip(jax.tree.leaves_with_path(two), jax.tree.leaves(one), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=jax.tree_util.keystr(path))
 
 
 def test_evaluation_adds_up_the_bits_of_both_levels():
     """From the codes of each slice by NumPy and SciPy, with a last batch that is padded."""
-    run = Config(model=MODEL, loss=LossConfig(perceptual_weight=0), training=TrainingConfig(batch_size=2))
+    settings = Config(model=MODEL, loss=LossConfig(perceptual_weight=0), training=TrainingConfig(batch_size=2))
     records = []
     for index in range(3):
         image = np.random.default_rng(index).uniform(0, 900, MODEL.image_size).astype(np.float32)
         record = {"image": image, "affine": np.eye(4), "file": b"a.nii", "case": b"a", "slice": index}
         records.append(record | {"range": np.float32(nifti.intensity_range(image, (0.5, 99.5)))})
-    slices = loader.Slices(records, run.data, MODEL.image_size)
-    found = evaluation.Evaluator(run, slices).run(trained())
+    slices = loader.Slices(records, settings.data, MODEL.image_size)
+    found = evaluation.Evaluator(settings, slices).run(trained())
     codes = method("to_codes")(trained(), np.stack([slices[index] for index in range(3)]))
     counts = [np.bincount(np.ravel(level), minlength=K) for level in codes]
     np.testing.assert_array_equal(found.counts, counts)
