@@ -17,7 +17,7 @@ TASKS = ("encode", "decode", "reconstruct")
 
 
 def inputs(config: ModelConfig, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images [size, H, W, 1] in [0, 1] and codes int32 [size, h, w]."""
+    """Images [size, H, W, 1] in [0, 1] and codes int32 [size, h, w], of one level."""
     rng = np.random.default_rng(0)
     codes = rng.integers(0, config.num_codes, (size, *config.latent_size), np.int32)
     return rng.random((size, *config.image_size, 1), np.float32), codes
@@ -40,11 +40,10 @@ def run_jax(flags) -> None:
     model = VQVAE(config)
 
     def encode(variables, images):
-        latents = model.apply(variables, images, method="encode")
-        return model.apply(variables, latents, method="quantize").indices
+        return model.apply(variables, images, method="to_codes")
 
     def decode(variables, codes):
-        return model.apply(variables, model.apply(variables, codes, method="lookup"), method="decode")
+        return model.apply(variables, (codes,), method="from_codes")
 
     def reconstruct(variables, images):
         return model.apply(variables, images).reconstruction

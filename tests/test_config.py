@@ -67,6 +67,8 @@ def test_every_field_survives_json():
         "norm": "group",
         "downsampling": 16,
         "residual": "pre",
+        "levels": 2,
+        "upsampling": "nearest",
         "on_bad_file": "skip",
         "fit": "resize",
         "remat": "full",
@@ -195,7 +197,7 @@ OPTIONS = {
     "entropy_weight": 0.1,
     "gradient_estimator": "rotation",
 }
-ARCHITECTURE = {"norm": "group", "downsampling": 8, "residual": "pre"}
+ARCHITECTURE = {"norm": "group", "downsampling": 8, "levels": 2, "residual": "pre", "upsampling": "nearest"}
 
 
 @pytest.mark.parametrize(
@@ -236,6 +238,18 @@ def test_sides_are_multiples_of_the_downsampling(downsampling):
         ModelConfig(downsampling=downsampling, image_size=(48, 16 + downsampling // 2))
     with pytest.raises(ConfigError, match=r"^--downsampling is 5"):
         ModelConfig(downsampling=5, image_size=(80, 80))
+
+
+@pytest.mark.parametrize("downsampling", [4, 8, 16])
+def test_two_levels_take_one_halving_more(downsampling):
+    side = 2 * downsampling
+    config = ModelConfig(downsampling=downsampling, levels=2, image_size=(3 * side, side))
+    assert config.latent_sizes == ((6, 2), (3, 1))
+    assert config.latent_size == (6, 2)
+    with pytest.raises(ConfigError, match=rf"^--image-size .* multiples of {side} "):
+        ModelConfig(downsampling=downsampling, levels=2, image_size=(3 * side, side + downsampling))
+    with pytest.raises(ConfigError, match=r"^--levels is 3"):
+        ModelConfig(levels=3)
 
 
 def test_fields_have_names_of_their_own():

@@ -101,10 +101,27 @@ def test_perceptual_distance_where_there_are_weights_and_room(setup):
 def test_a_slice_of_one_value_leaves_the_mean_error_norm_of_the_others():
     row = evaluation.SliceMetrics("f", "c", 0, 8, 8, ssim=0.5, psnr=20, mae=0.1, ms_ssim=0.5, hfen=0.5)
     flat = dataclasses.replace(row, hfen=float("nan"))
-    assert evaluation.Evaluation([row, flat], np.ones(4), 4).summary()["hfen"] == 0.5
-    assert np.isnan(evaluation.Evaluation([flat], np.ones(4), 4).summary()["hfen"])
+    used = np.ones((1, 4)), (4,)
+    assert evaluation.Evaluation([row, flat], *used).summary()["hfen"] == 0.5
+    assert np.isnan(evaluation.Evaluation([flat], *used).summary()["hfen"])
     broken = dataclasses.replace(row, ssim=float("nan"))
-    assert np.isnan(evaluation.Evaluation([row, broken], np.ones(4), 4).summary()["ssim"])
+    assert np.isnan(evaluation.Evaluation([row, broken], *used).summary()["ssim"])
+
+
+def test_bits_of_two_levels_add_up_and_their_use_is_told_apart():
+    """By hand: 4 codes a slice of a level used alike (2 bits each), and 1 of a level of which 2 of 4 codes are used."""
+    row = evaluation.SliceMetrics("f", "c", 0, 4, 4, ssim=0.5, psnr=20, mae=0.1, ms_ssim=0.5, hfen=0.5)
+    found = evaluation.Evaluation([row, row], np.array([[2, 2, 2, 2], [0, 1, 1, 0]]), (4, 1))
+    summary = found.summary()
+    assert summary["bits_per_pixel"] == (4 * 2 + 1 * 2) / 16
+    assert summary["bits_per_pixel_entropy"] == (4 * 2 + 1 * 1) / 16
+    use = {name: summary[name] for name in summary if name.startswith(("perplexity", "codebook"))}
+    assert use == {
+        **{"perplexity": 3, "perplexity_bottom": 4, "perplexity_top": 2},
+        **{"codebook_usage": 0.75, "codebook_usage_bottom": 1, "codebook_usage_top": 0.5},
+    }
+    said = "\n".join(evaluation.describe(found, "as stated"))
+    assert "Perplexity: 4.0 / 2.0 (bottom / top) of 4 codes, codes used: 100.0% / 50.0%" in said
 
 
 def test_means_and_counts_do_not_depend_on_the_batch(setup):

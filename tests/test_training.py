@@ -99,7 +99,7 @@ def test_metrics_are_those_of_the_batch(train_step, state, vgg, initial):
     np.testing.assert_allclose(found.losses.perceptual, perceptual, rtol=1e-5)
     np.testing.assert_allclose(found.losses.quantizer, output.quantizer.loss, rtol=1e-5)
     np.testing.assert_allclose(found.losses.total, l1 + 0.1 * perceptual + output.quantizer.loss, rtol=1e-5)
-    np.testing.assert_array_equal(found.counts, np.bincount(np.ravel(output.quantizer.indices), minlength=16))
+    np.testing.assert_array_equal(found.counts, [np.bincount(np.ravel(output.quantizer.indices), minlength=16)])
 
 
 OPTIONS = {
@@ -346,8 +346,9 @@ def test_evaluation_leaves_padded_images_out(initial):
     for fill in (0.0, 1.0):
         images[mask == 0] = fill
         found.append(step(initial.variables, *map(training.split_over_devices, (images, mask))))
-    indices = np.asarray(found[0].indices).reshape(8, -1)
-    np.testing.assert_array_equal(found[0].counts, np.bincount(np.ravel(indices[mask == 1]), minlength=16))
+    (indices,) = found[0].indices
+    indices = np.asarray(indices).reshape(8, -1)
+    np.testing.assert_array_equal(found[0].counts, [np.bincount(np.ravel(indices[mask == 1]), minlength=16)])
     np.testing.assert_array_equal(found[1].counts, found[0].counts)
     assert found[0].counts.sum() == 5 * 8 * 4
     expected = jax.jit(VQVAE(MODEL).apply)(initial.variables, batch())

@@ -20,7 +20,7 @@ MOST_CODES = 2**24
 """Counts of codes are float32, which holds every whole number up to this."""
 CODEBOOK_OPTIONS = ("codebook_update", "cosine_codes", "code_dim", "entropy_weight", "gradient_estimator")
 """Fields of ModelConfig that change how a codebook is learned."""
-ARCHITECTURE_OPTIONS = ("norm", "downsampling", "residual", "attention")
+ARCHITECTURE_OPTIONS = ("norm", "downsampling", "levels", "residual", "attention", "upsampling")
 """Fields of ModelConfig that make another network than the published one."""
 
 
@@ -52,14 +52,21 @@ class ModelConfig:
     downsampling: Literal[4, 8, 16] = 4
     """Image pixels for one code, along each axis: a stride-2 step down and one up for each doubling. From 4 to 8
     there are a quarter as many codes."""
+    levels: Literal[1, 2] = 1
+    """Levels of codes, each with a quantizer of its own. With 2 (VQ-VAE-2), a top level of a quarter as many codes
+    stands for squares of twice --downsampling, and the bottom level adds to it."""
     residual_blocks: int = 2
-    """Residual blocks in the encoder, and as many in the decoder."""
+    """Residual blocks in the encoder, and as many in the decoder (with --levels 2 also on the way to the top level
+    and back)."""
     residual: Literal["post", "pre"] = "post"
     """Where a residual block has its norms and activations: after its convolutions and the sum, or before its
     convolutions, so that the sum passes from block to block unchanged (a norm and activation follow the last)."""
     attention: bool = True
     """A self-attention block in encoder and decoder, in which every position sees all others; its time grows with
     the square of the pixels."""
+    upsampling: Literal["transposed", "nearest"] = "transposed"
+    """How the decoder doubles the sides: by a transposed convolution, or by repeating each pixel and a convolution,
+    which leaves no checkerboard."""
     embedding_dim: int = 128
     """Width D of a code."""
     quantizer: Literal["vq", "fsq"] = "vq"
@@ -103,11 +110,13 @@ class ModelConfig:
         object.__setattr__(self, "image_size", tuple(self.image_size))
         _require(len(self.image_size) == 2, "image_size", self.image_size, "two numbers, height and width")
         _require(self.downsampling in (4, 8, 16), "downsampling", self.downsampling, "4, 8 or 16")
+        _require(self.levels in (1, 2), "levels", self.levels, "1 or 2")
+        halvings = self.halvings + self.levels - 1
         _require(
-            all(side > 0 and side % self.downsampling == 0 for side in self.image_size),
+            all(side > 0 and side % 2**halvings == 0 for side in self.image_size),
             "image_size",
             self.image_size,
-            f"two positive multiples of {self.downsampling} (the model halves each side {self.halvings} times)",
+            f"two positive multiples of {2**halvings} (the model halves each side {halvings} times)",
         )
         _require(
             self.hidden_channels >= 8 and self.hidden_channels % 8 == 0,
@@ -123,18 +132,24 @@ class ModelConfig:
 
     @property
     def halvings(self) -> int:
-        """How often the encoder halves an image's sides."""
+        """How often the encoder halves an image's sides, down to the finest codes."""
         return self.downsampling.bit_length() - 1
 
     @property
     def latent_size(self) -> tuple[int, int]:
-        """Height h and width w of an image's latents, and of its codes."""
+        """Height h and width w of an image's finest codes."""
+        return self.latent_sizes[0]
+
+    @property
+    def latent_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of an image's codes at each level, the finest first."""
         height, width = self.image_size
-        return height // self.downsampling, width // self.downsampling
+        squares = [self.downsampling * 2**level for level in range(self.levels)]
+        return tuple((height // square, width // square) for square in squares)
 
     @property
     def num_codes(self) -> int:
-        """Number K of codes, of whichever quantizer."""
+        """Number K of codes, of whichever quantizer, at each level."""
         return math.prod(self.fsq_levels) if self.quantizer == "fsq" else self.num_embeddings
 
     def _check_quantizer(self) -> None:

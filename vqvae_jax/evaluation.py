@@ -19,6 +19,8 @@ from vqvae_jax.data import hip_mri, loader, nifti
 from vqvae_jax.models import vgg16, vgg_weights
 
 FIRST_DRAWN = 5
+LEVELS = ("bottom", "top")
+"""Names of two levels of codes, the finest first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +46,15 @@ class SliceMetrics:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Per-slice rows in the split's order, and how often each code was used (counts [K]).
+    """Per-slice rows in the split's order, and how often each code was used (counts [levels, K]).
 
-    ``published`` has each slice's SSIM by the published project's protocol, or is empty if not asked for.
+    ``counts`` and ``codes_per_slice`` are by level, the finest first. ``published`` has each slice's SSIM by the
+    published project's protocol, or is empty if not asked for.
     """
 
     rows: list[SliceMetrics]
     counts: np.ndarray
-    codes_per_slice: int
+    codes_per_slice: tuple[int, ...]
     published: list[float] = dataclasses.field(default_factory=list)
 
     def mean(self, name: str) -> float:
@@ -73,11 +76,13 @@ class Evaluation:
 
         ``bits_per_pixel`` spends log2 K bits a code, over the slices' own pixels; ``bits_per_pixel_entropy`` the
         entropy of the codes' frequencies in this split, which an ideal entropy coder that knows them would need.
+        Of two levels, both add up their codes' bits, and ``perplexity`` and ``codebook_usage`` are the means of the
+        levels', which are there too, as ``perplexity_bottom``, ``perplexity_top`` and so on.
         ``perceptual`` is left out where no slice has it.
         """
         order = self.order()
         pixels = sum(row.height * row.width for row in self.rows)
-        codes = self.codes_per_slice * len(self.rows)
+        codes = np.array(self.codes_per_slice) * len(self.rows)
         perceptual = self.mean_of_measured("perceptual")
         published = {"ssim_published_protocol": float(np.mean(self.published))} if self.published else {}
         return {
@@ -90,12 +95,24 @@ class Evaluation:
             "ms_ssim": self.mean("ms_ssim"),
             "hfen": self.mean_of_measured("hfen"),
             **({} if math.isnan(perceptual) else {"perceptual": perceptual}),
-            "perplexity": float(metrics.perplexity(self.counts)),
-            "codebook_usage": float(metrics.codebook_usage(self.counts)),
-            "bits_per_pixel": codes * math.log2(len(self.counts)) / pixels,
-            "bits_per_pixel_entropy": codes * float(metrics.code_entropy(self.counts)) / pixels,
+            **self._of_levels("perplexity", metrics.perplexity(self.counts)),
+            **self._of_levels("codebook_usage", metrics.codebook_usage(self.counts)),
+            "bits_per_pixel": float(codes.sum() * math.log2(self.counts.shape[-1]) / pixels),
+            "bits_per_pixel_entropy": float(codes @ np.asarray(metrics.code_entropy(self.counts))) / pixels,
             **published,
         }
+
+    def _of_levels(self, name: str, values: Any) -> dict[str, float]:
+        """The mean of a value over the levels, and where there are two, each one's."""
+        levels = dict(zip(LEVELS, map(float, values), strict=False)) if len(values) > 1 else {}
+        return {name: float(np.mean(values))} | {f"{name}_{level}": value for level, value in levels.items()}
+
+    def code_use(self, of_codes: str = "") -> str:
+        """Perplexity, and the share of codes in use, of each level, for people."""
+        perplexity = " / ".join(f"{value:.1f}" for value in metrics.perplexity(self.counts))
+        usage = " / ".join(f"{value:.1%}" for value in metrics.codebook_usage(self.counts))
+        which = f" ({' / '.join(LEVELS)})" if len(self.counts) > 1 else ""
+        return f"Perplexity: {perplexity}{which}{of_codes}, codes used: {usage}"
 
 
 class Evaluator:
@@ -121,7 +138,7 @@ class Evaluator:
     def run(self, variables: Any, *, published_protocol: bool = False) -> Evaluation:
         """Metrics of every slice; with ``published_protocol`` also the published project's SSIM."""
         published_ssim: dict[int, float] = {}
-        counts = np.zeros(self._config.model.num_codes)
+        counts = np.zeros((self._config.model.levels, self._config.model.num_codes))
         rows: dict[int, SliceMetrics] = {}
         waiting: dict[tuple[int, int], list] = defaultdict(list)
         share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -143,7 +160,7 @@ class Evaluator:
         for same_shape in waiting.values():
             if same_shape:
                 rows.update(self._measure(same_shape))
-        codes = math.prod(self._config.model.latent_size)
+        codes = tuple(map(math.prod, self._config.model.latent_sizes))
         rows, published_ssim = distributed.gathered(rows), distributed.gathered(published_ssim)
         in_order = [[results[index] for index in sorted(results)] for results in (rows, published_ssim)]
         return Evaluation(in_order[0], counts, codes, in_order[1])
@@ -318,8 +335,8 @@ def describe(evaluation: Evaluation, protocol: str) -> Iterator[str]:
     perceptual = f", perceptual distance: {summary['perceptual']:.4f}" if "perceptual" in summary else ""
     yield f"High-frequency error norm: {summary['hfen']:.4f}{perceptual}"
     yield (
-        f"Perplexity: {summary['perplexity']:.1f} of {len(evaluation.counts)} codes, "
-        f"codes used: {summary['codebook_usage']:.1%}, bits per pixel: {summary['bits_per_pixel']:.4f}, "
+        f"{evaluation.code_use(f' of {evaluation.counts.shape[-1]} codes')}, "
+        f"bits per pixel: {summary['bits_per_pixel']:.4f}, "
         f"by the codes' entropy: {summary['bits_per_pixel_entropy']:.4f}"
     )
     yield f"{summary['slices']} slices. {protocol}."

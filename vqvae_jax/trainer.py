@@ -307,7 +307,7 @@ class Trainer:
         self._log(
             f"Epoch [{progress.epoch}/{self._config.training.epochs}], {parts}, "
             f"Val SSIM: {summary['ssim']:.4f}, Val PSNR: {summary['psnr']:.2f} dB, "
-            f"Perplexity: {summary['perplexity']:.1f}, Codes used: {summary['codebook_usage']:.1%}, "
+            f"{result.code_use()}, "
             f"{speed['images_per_second']:.1f} images/s, Input wait: {speed['input_wait']:.1%}"
         )
         if len(self._samples):

@@ -56,7 +56,7 @@ class TrainState(train_state.TrainState):
 
 @flax.struct.dataclass
 class StepMetrics:
-    """Scalars of one training step, means over the global batch, and code ``counts`` [K]."""
+    """Scalars of one training step, means over the global batch, and code ``counts`` [levels, K]."""
 
     losses: losses.Losses
     gradient_norm: jax.Array
@@ -65,10 +65,12 @@ class StepMetrics:
 
 @flax.struct.dataclass
 class EvalOutput:
-    """``reconstruction`` [B, H, W, 1], ``indices`` [B, h, w], and the counts [K] of unpadded images' codes."""
+    """``reconstruction`` [B, H, W, 1], each level's ``indices`` [B, h, w], and the counts [levels, K] of unpadded
+    images' codes; the finest level first.
+    """
 
     reconstruction: jax.Array
-    indices: jax.Array
+    indices: tuple[jax.Array, ...]
     counts: jax.Array
 
 
@@ -152,7 +154,7 @@ def load_vgg(config: Config) -> VggParams | None:
 
 def make_loss(config: Config) -> Callable[[Any, TrainState, jax.Array, VggParams | None], tuple]:
     """The training loss on one device: (parameters, state, images [B, H, W, 1], VGG parameters) ->
-    (total, (Losses, code counts [K], new model state)). Batch statistics are taken over the axis ``AXIS``.
+    (total, (Losses, code counts [levels, K], new model state)). Batch statistics are taken over the axis ``AXIS``.
     """
     _check_similarity(config)
     vgg = vgg16.VGG16(layers=config.loss.perceptual_layers, dtype=jnp.dtype(config.model.precision))
@@ -178,7 +180,7 @@ def make_loss(config: Config) -> Callable[[Any, TrainState, jax.Array, VggParams
                 jax.lax.stop_gradient(vgg.apply(vgg_params, images)),
             )
         parts = losses.total_loss(config.loss, output.reconstruction, images, output.quantizer.loss, perceptual)
-        return parts.total, (parts, output.quantizer.counts, model_state)
+        return parts.total, (parts, output.counts, model_state)
 
     return loss_fn
 
@@ -234,7 +236,8 @@ def _accumulated(config: Config, backward: Callable, finish: Callable) -> Callab
 
     def zeros(state, _device):
         loss = losses.Losses(*jnp.zeros(len(dataclasses.fields(losses.Losses))))
-        return jax.tree.map(jnp.zeros_like, state.params), loss, jnp.zeros(config.model.num_codes)
+        counts = jnp.zeros((config.model.levels, config.model.num_codes))
+        return jax.tree.map(jnp.zeros_like, state.params), loss, counts
 
     def add(state, sums, images, vgg_params, part):
         state, found = backward(state, images, vgg_params, part)
@@ -281,10 +284,12 @@ def make_eval_step(config: Config) -> Callable[[Variables, jax.Array, jax.Array]
 
     def eval_step(variables, images, mask):
         output = model.apply(variables, images, train=False)
-        indices = output.quantizer.indices
+        counts = jnp.stack([masked_counts(indices, mask) for indices in output.indices])
+        return output.reconstruction, output.indices, jax.lax.psum(counts, AXIS)
+
+    def masked_counts(indices, mask):
         weights = jnp.broadcast_to(mask[:, None, None], indices.shape).reshape(-1)
-        counts = jnp.zeros(config.model.num_codes).at[indices.reshape(-1)].add(weights)
-        return output.reconstruction, indices, jax.lax.psum(counts, AXIS)
+        return jnp.zeros(config.model.num_codes).at[indices.reshape(-1)].add(weights)
 
     pmapped = _pmap(eval_step, (None, 0, 0), (0, 0, None))
     return lambda variables, images, mask: EvalOutput(*pmapped(variables, images, mask))

@@ -108,7 +108,7 @@ def test_bits_per_pixel_are_those_of_the_downsampling(downsampling):
     record["range"] = np.array(nifti.intensity_range(image, (0.5, 99.5)), np.float32)
     slices = loader.Slices([record], run.data, run.model.image_size)
     found = evaluation.Evaluator(run, slices).run(training.create_train_state(run, 1).variables)
-    assert found.codes_per_slice == found.counts.sum() == 32 * 16 / downsampling**2
+    assert found.codes_per_slice == (found.counts.sum(),) == (32 * 16 / downsampling**2,)
     np.testing.assert_allclose(found.summary()["bits_per_pixel"], 4 / downsampling**2)
 
 

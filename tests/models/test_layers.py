@@ -88,13 +88,47 @@ def test_upsample_equals_torch(torch, shape, features):
     jax.tree.map(assert_close, found, (expected, gradients_of(reference, transposed=True), dx))
 
 
-@pytest.mark.parametrize("kind", ["Downsample", "Upsample"])
+@pytest.mark.parametrize(
+    ("shape", "features"), [*((shape, 6) for shape in SHAPES), ((2, 7, 3, 8), 1), ((1, 1, 1, 4), 1)]
+)
+def test_nearest_upsample_equals_torch(torch, shape, features):
+    convolution = torch.nn.Conv2d(shape[-1], features, 3, padding=1)
+    reference = torch.nn.Sequential(torch.nn.Upsample(scale_factor=2, mode="nearest"), convolution)
+    upsample = layers.Upsample(features, upsampling="nearest")
+    x = normal(*shape)
+    expected, cotangent, dx = torch_values_and_gradients(torch, reference, x)
+    params = from_torch(convolution)
+    found, gradients, found_dx = values_and_gradients(
+        lambda p, y: upsample.apply({"params": p}, y), params, x, cotangent
+    )
+    jax.tree.map(assert_close, (found, found_dx), (expected, dx))
+    for name, gradient in gradients_of(convolution).items():  # sums of many numbers, in another order
+        np.testing.assert_allclose(gradients[name], gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_nearest_upsample_draws_no_checkerboard():
+    """Whatever the kernel, a constant input stays constant within the border; a transposed convolution's does not."""
+    x = np.broadcast_to(normal(2, 1, 1, 5), (2, 6, 4, 5))
+    spread = {}
+    for upsampling, size in (("nearest", 3), ("transposed", 4)):
+        params = {"kernel": normal(size, size, 5, 3), "bias": normal(3)}
+        found = layers.Upsample(3, upsampling=upsampling).apply({"params": params}, x)
+        spread[upsampling] = np.ptp(found[:, 1:-1, 1:-1], axis=(1, 2)).max()
+    assert spread["nearest"] < TOLERANCE
+    assert spread["transposed"] > 1
+
+
+@pytest.mark.parametrize("kind", ["Downsample", "Upsample", "nearest"])
 def test_initial_range_is_that_of_torch(torch, kind):
     """Kernels and biases fill +-1 / sqrt(fan_in), with the fan-in as PyTorch counts it."""
-    reference = (torch.nn.Conv2d if kind == "Downsample" else torch.nn.ConvTranspose2d)(24, 64, 4, 2, 1)
-    params = jax.jit(getattr(layers, kind)(64).init)(jax.random.key(0), np.zeros((1, 8, 8, 24), np.float32))["params"]
+    reference, module = {
+        "Downsample": (torch.nn.Conv2d(24, 64, 4, 2, 1), layers.Downsample(64)),
+        "Upsample": (torch.nn.ConvTranspose2d(24, 64, 4, 2, 1), layers.Upsample(64)),
+        "nearest": (torch.nn.Conv2d(24, 64, 3), layers.Upsample(64, upsampling="nearest")),
+    }[kind]
+    params = jax.jit(module.init)(jax.random.key(0), np.zeros((1, 8, 8, 24), np.float32))["params"]
     params = jax.device_get(params)
-    params = params if kind == "Upsample" else params["down"]["conv"]
+    params = params["down"]["conv"] if kind == "Downsample" else params
     for found, expected in ((params["kernel"], reference.weight), (params["bias"], reference.bias)):
         assert np.isclose(np.abs(found).max(), expected.abs().max().item(), rtol=0.1)
     assert np.isclose(params["kernel"].std(), reference.weight.std().item(), rtol=0.05)

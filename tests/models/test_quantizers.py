@@ -77,7 +77,7 @@ def test_trains_and_goes_on_after_a_resume(option, tmp_path):
     state, metrics = step(training.replicate(jax.tree.map(jnp.array, initial)), batch(0), None)
 
     assert np.isfinite(metrics.losses.total)
-    assert metrics.counts.shape == (run.model.num_codes,)
+    assert metrics.counts.shape == (1, run.model.num_codes)
     assert metrics.counts.sum() == 8 * 4 * 4
     assert np.count_nonzero(metrics.counts) > 1
     for place in (("params", "quantizer"), ("params", "encoder", "conv3", "kernel"), (CODEBOOK,)):
@@ -107,7 +107,7 @@ def test_every_count_is_of_the_codes_there_are():
     state, metrics = training.make_train_step(run)(state, batch(0), None)
     evaluated = training.make_eval_step(run)(state.variables, batch(0), np.ones((1, 8), np.float32))
     for counts in (metrics.counts, evaluated.counts):
-        assert counts.shape == (run.model.num_codes,)
+        assert counts.shape == (1, run.model.num_codes)
         assert counts.sum() == 8 * 4 * 4
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 LEAKY_SLOPE = 0.2
@@ -26,6 +27,8 @@ EXPENSIVE, BLOCK = "expensive", "block"
 """Names, for ``jax.checkpoint``, of what is slow to compute again, and of what each block returns."""
 QUERIES_AT_ONCE = 512
 """Queries in one block of attention: the fastest of 128 to 2048 on a CPU, within a few per cent."""
+NEAREST = np.float32([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+"""4 x 4 = NEAREST k NEAREST^T: the transposed convolution that enlarges, then convolves with a 3 x 3 kernel k."""
 
 Dtype = Any
 
@@ -120,24 +123,34 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """4 x 4 transposed convolution of stride 2, padding 1: [N, H, W, C] -> [N, 2 H, 2 W, features].
+    """Doubles the sides: [N, H, W, C] -> [N, 2 H, 2 W, features].
+
+    ``upsampling`` "transposed": 4 x 4 transposed convolution of stride 2, padding 1. "nearest": each pixel becomes
+    2 x 2 of its value, then a 3 x 3 convolution, padding 1. All its output pixels see the whole kernel, so that it
+    cannot draw a checkerboard where the input has none (Odena et al. 2016, "Deconvolution and checkerboard
+    artifacts"); it is the transposed convolution whose 4 x 4 kernel is made of the 3 x 3 one by sums.
 
     Computed as sub-pixel convolutions (Shi et al. 2016, arXiv:1609.05158): output pixels of one parity see
     just 2 x 2 input pixels, so a 2 x 2 convolution gives each of the four parities, which are interleaved.
-    The map is ``torch.nn.ConvTranspose2d(C, features, 4, 2, 1)``'s, and ``kernel`` [4, 4, C, features] its
-    weight with the axes in this order. On a CPU, XLA's own transposed convolution has a gradient many times slower.
+    "transposed" is ``torch.nn.ConvTranspose2d(C, features, 4, 2, 1)``'s map, and ``kernel`` [4, 4, C, features]
+    its weight with the axes in this order; for "nearest" it is [3, 3, C, features]. On a CPU, XLA's own transposed
+    convolution has a gradient many times slower.
     """
 
     features: int
     dtype: Dtype = jnp.float32
+    upsampling: Literal["transposed", "nearest"] = "transposed"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
+        size = 3 if self.upsampling == "nearest" else 4
         # PyTorch counts a transposed convolution's fan-in over its output channels.
-        fan_in = 16 * self.features
-        kernel = self.param("kernel", bias_init(fan_in), (4, 4, channels, self.features), jnp.float32)
+        fan_in = size**2 * (channels if self.upsampling == "nearest" else self.features)
+        kernel = self.param("kernel", bias_init(fan_in), (size, size, channels, self.features), jnp.float32)
         bias = self.param("bias", bias_init(fan_in), (self.features,), jnp.float32)
+        if self.upsampling == "nearest":
+            kernel = jnp.einsum("ia,jb,abcf->ijcf", NEAREST, NEAREST, kernel, precision=jax.lax.Precision.HIGHEST)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         rows = [jnp.stack([_phase(x, kernel, p, q) for q in (0, 1)], axis=3) for p in (0, 1)]
         out = jnp.stack(rows, axis=2)  # [N, H, 2, W, 2, features]
@@ -184,6 +197,28 @@ class ResidualBlock(nn.Module):
         y = Conv(features, 3, padding=1, dtype=self.dtype, name="conv2")(y)
         y = Norm(**norm, name="norm2")(y, train=train)
         return checkpoint_name(leaky_relu(x + y), BLOCK)
+
+
+def residual_stack(
+    x: jax.Array,
+    blocks: int,
+    *,
+    train: bool,
+    axis_name: str | None,
+    dtype: Dtype,
+    norm: Literal["batch", "group"],
+    residual: Literal["post", "pre"],
+) -> jax.Array:
+    """``blocks`` residual blocks, one after another: [N, H, W, C] -> [N, H, W, C].
+
+    For a compact method, whose submodules ``residual1`` and so on they become.
+    """
+    for number in range(blocks):
+        block = ResidualBlock(axis_name, dtype, norm, residual, name=f"residual{number + 1}")
+        x = block(x, train=train)
+    if residual == "pre" and blocks:
+        x = leaky_relu(Norm(axis_name, dtype, norm, name="residual_norm")(x, train=train))  # the last sum had neither
+    return x
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

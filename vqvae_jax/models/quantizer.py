@@ -33,6 +33,8 @@ class QuantizerOutput:
       commitment_loss: the same distance, moving the latents towards the codes.
       entropy_loss: see ``entropy_loss``; 0 where it has no weight.
       counts: float32 [K], how often each code was chosen.
+
+    Of several levels, ``indices`` is a tuple, the finest first, ``counts`` [levels, K], and losses are sums over them.
     """
 
     quantized: jax.Array

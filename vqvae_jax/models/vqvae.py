@@ -1,6 +1,6 @@
 """The VQ-VAE: encoder, quantizer and decoder for images of one channel."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -10,15 +10,16 @@ import jax.numpy as jnp
 from vqvae_jax.config import ModelConfig
 from vqvae_jax.models.estimators import rotation_trick, straight_through
 from vqvae_jax.models.fsq import FiniteScalarQuantizer
+from vqvae_jax.models.hierarchical import HierarchicalQuantizer
 from vqvae_jax.models.layers import (
     Conv,
     Downsample,
     Dtype,
     Norm,
-    ResidualBlock,
     SelfAttention,
     Upsample,
     leaky_relu,
+    residual_stack,
 )
 from vqvae_jax.models.projection import ProjectedQuantizer
 from vqvae_jax.models.quantizer import EMAVectorQuantizer, QuantizerOutput, VectorQuantizer
@@ -27,10 +28,13 @@ ESTIMATORS = {"straight-through": straight_through, "rotation": rotation_trick}
 
 
 class Encoder(nn.Module):
-    """Images [N, H, W, 1] to latents [N, h, w, embedding_dim], where h = H / 2**halvings and w = W / 2**halvings."""
+    """Images [N, H, W, 1] to latents [N, h, w, embedding_dim], where h = H / 2**halvings and w = W / 2**halvings.
+
+    Without ``embedding_dim``: to what latents are made from, features [N, h, w, hidden_channels].
+    """
 
     hidden_channels: int
-    embedding_dim: int
+    embedding_dim: int | None = None
     residual_blocks: int = 2
     latent_norm: bool = True
     axis_name: str | None = None
@@ -43,7 +47,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         shared = {"axis_name": self.axis_name, "dtype": self.dtype}
-        norm, block = shared | {"kind": self.norm}, shared | {"norm": self.norm, "residual": self.residual}
+        norm = shared | {"kind": self.norm}
         x = Downsample(self.hidden_channels // 2, self.dtype, name="down1")(x)
         x = leaky_relu(Norm(**norm, name="norm1")(x, train=train))
         x = Downsample(self.hidden_channels, self.dtype, name="down2")(x)
@@ -51,18 +55,17 @@ class Encoder(nn.Module):
         for number in range(1, self.halvings - 1):
             x = Downsample(self.hidden_channels, self.dtype, name=f"extra_down{number}")(x)
             x = leaky_relu(Norm(**norm, name=f"extra_norm{number}")(x, train=train))
-        for number in range(self.residual_blocks):
-            x = ResidualBlock(**block, name=f"residual{number + 1}")(x, train=train)
-        if self.residual == "pre" and self.residual_blocks:
-            x = leaky_relu(Norm(**norm, name="residual_norm")(x, train=train))  # the last sum has had neither
+        x = residual_stack(x, self.residual_blocks, train=train, norm=self.norm, residual=self.residual, **shared)
         if self.attention:
             x = SelfAttention(self.dtype, name="attention")(x)
+        if self.embedding_dim is None:
+            return x
         x = Conv(self.embedding_dim, 3, padding=1, dtype=self.dtype, name="conv3")(x)
         return Norm(**norm, name="norm3")(x, train=train) if self.latent_norm else x
 
 
 class Decoder(nn.Module):
-    """Latents [N, h, w, D] to images [N, 2**halvings h, 2**halvings w, 1] in [0, 1], float32."""
+    """Code vectors [N, h, w, D] to images [N, 2**halvings h, 2**halvings w, 1] in [0, 1], float32."""
 
     hidden_channels: int
     residual_blocks: int = 2
@@ -72,34 +75,47 @@ class Decoder(nn.Module):
     halvings: int = 2
     residual: Literal["post", "pre"] = "post"
     attention: bool = True
+    upsampling: Literal["transposed", "nearest"] = "transposed"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         shared = {"axis_name": self.axis_name, "dtype": self.dtype}
-        norm, block = shared | {"kind": self.norm}, shared | {"norm": self.norm, "residual": self.residual}
+        norm = shared | {"kind": self.norm}
+        up = {"dtype": self.dtype, "upsampling": self.upsampling}
         x = Conv(self.hidden_channels, 3, padding=1, dtype=self.dtype, name="conv1")(x)
         x = leaky_relu(Norm(**norm, name="norm1")(x, train=train))
         if self.attention:
             x = SelfAttention(self.dtype, name="attention")(x)
-        for number in range(self.residual_blocks):
-            x = ResidualBlock(**block, name=f"residual{number + 1}")(x, train=train)
-        if self.residual == "pre" and self.residual_blocks:
-            x = leaky_relu(Norm(**norm, name="residual_norm")(x, train=train))  # the last sum has had neither
+        x = residual_stack(x, self.residual_blocks, train=train, norm=self.norm, residual=self.residual, **shared)
         for number in range(1, self.halvings - 1):
-            x = Upsample(self.hidden_channels, self.dtype, name=f"extra_up{number}")(x)
+            x = Upsample(self.hidden_channels, **up, name=f"extra_up{number}")(x)
             x = leaky_relu(Norm(**norm, name=f"extra_norm{number}")(x, train=train))
-        x = Upsample(self.hidden_channels // 2, self.dtype, name="up1")(x)
+        x = Upsample(self.hidden_channels // 2, **up, name="up1")(x)
         x = leaky_relu(Norm(**norm, name="norm2")(x, train=train))
-        x = Upsample(1, self.dtype, name="up2")(x)
+        x = Upsample(1, **up, name="up2")(x)
         return nn.sigmoid(x.astype(jnp.float32))
 
 
 @flax.struct.dataclass
 class VQVAEOutput:
-    """``reconstruction`` [N, H, W, 1] in [0, 1], and the quantizer's output for latents [N, h, w, D]."""
+    """``reconstruction`` [N, H, W, 1] in [0, 1], and the quantizer's output."""
 
     reconstruction: jax.Array
     quantizer: QuantizerOutput
+
+    @property
+    def indices(self) -> tuple[jax.Array, ...]:
+        """Indices int32 [N, h, w] of each level, the finest first."""
+        return _by_level(self.quantizer.indices)
+
+    @property
+    def counts(self) -> jax.Array:
+        """How often each code was chosen at each level, the finest first: float32 [levels, K]."""
+        return jnp.atleast_2d(self.quantizer.counts)
+
+
+def _by_level(indices: Any) -> tuple[jax.Array, ...]:
+    return indices if isinstance(indices, tuple) else (indices,)
 
 
 def make_quantizer(config: ModelConfig, axis_name: str | None = None) -> nn.Module:
@@ -131,6 +147,9 @@ def make_quantizer(config: ModelConfig, axis_name: str | None = None) -> nn.Modu
 class VQVAE(nn.Module):
     """A vector-quantized variational autoencoder (van den Oord et al. 2017, arXiv:1711.00937).
 
+    With two levels, VQ-VAE-2 (Razavi et al. 2019, arXiv:1906.00446): see `HierarchicalQuantizer`. ``encode`` then
+    returns features [N, h, w, hidden_channels], vectors are [N, h, w, 2 D], and indices a pair, the finer first.
+
     Attributes:
       config: widths, number of codes, compute type.
       axis_name: the pmapped axis over which batch norm and the quantizer take their statistics; None on one device.
@@ -161,16 +180,22 @@ class VQVAE(nn.Module):
             "axis_name": self.axis_name,
             "dtype": jnp.dtype(config.precision),
             "norm": config.norm,
-            "halvings": config.halvings,
             "residual": config.residual,
-            "attention": config.attention,
         }
-        self.encoder = Encoder(embedding_dim=config.embedding_dim, latent_norm=config.latent_norm, **shared)
-        self.quantizer = make_quantizer(config, self.axis_name)
-        self.decoder = Decoder(**shared)
+        latents = {"embedding_dim": config.embedding_dim, "latent_norm": config.latent_norm}
+        up, attention = {"upsampling": config.upsampling}, {"attention": config.attention}
+        quantizers = [make_quantizer(config, self.axis_name) for _ in range(config.levels)]
+        if config.levels == 2:
+            self.encoder = Encoder(halvings=config.halvings, **shared, **attention)
+            self.quantizer = HierarchicalQuantizer(*quantizers, **latents, **shared, **up)
+        else:
+            self.encoder = Encoder(halvings=config.halvings, **latents, **shared, **attention)
+            (self.quantizer,) = quantizers
+        self.decoder = Decoder(halvings=config.halvings, **shared, **up, **attention)
 
     def __call__(self, images: jax.Array, *, train: bool = False) -> VQVAEOutput:
-        """Encodes, quantizes and decodes images [N, H, W, 1] in [0, 1]; H and W are multiples of the downsampling."""
+        """Encodes, quantizes and decodes images [N, H, W, 1] in [0, 1]; H and W are multiples of the downsampling,
+        of twice that with two levels."""
         quantized = self.quantize(self.encode(images, train=train), train=train)
         return VQVAEOutput(self.decode(quantized.quantized, train=train), quantized)
 
@@ -196,11 +221,11 @@ class VQVAE(nn.Module):
 
     def to_codes(self, images: jax.Array) -> tuple[jax.Array, ...]:
         """All that is kept of images [N, H, W, 1]: the indices int32 [N, h, w] of each level, the finest first."""
-        return (self.quantize(self.encode(images)).indices,)
+        return _by_level(self.quantize(self.encode(images)).indices)
 
     def from_codes(self, codes: tuple[jax.Array, ...]) -> jax.Array:
         """Images [N, H, W, 1] in [0, 1] of what ``to_codes`` returned."""
-        return self.decode(self.lookup(codes[0]))
+        return self.decode(self.lookup(codes[0] if self.config.levels == 1 else codes))
 
 
 # The published code flattens [N, D, h, w] with view(-1, D), channels not moved last, so that its "vectors" are
