@@ -31,6 +31,7 @@ from vqvae_jax.errors import ConfigError, DivergenceError
 from vqvae_jax.models import vgg16, vgg_weights
 
 LAYER = "relu3_3"
+PROTOCOL, INTENSITIES, IMAGES = "published protocol", "ours, output as intensities", "ours, output as [0, 1]"
 _BATCH = 8
 _DRAWN = 4
 _PANEL = (3.4, 1.9)
@@ -53,15 +54,17 @@ class Intensities:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Of each test slice: what the published protocol compares, its SSIM, and the SSIM by this package's metrics.
+    """What a model makes of each test slice, and its SSIMs.
 
-    ``originals`` and ``outputs`` are [N, 256, 256] in [0, 1]; the SSIMs [N].
+    ``originals`` and ``outputs`` [N, 256, 256] in [0, 1] are what the published protocol compares; ``images`` are the
+    outputs [H, W] on the slices' own grids where the model is given raw intensities. ``ssim`` has, by name, each
+    slice's SSIM [N].
     """
 
     originals: np.ndarray
     outputs: np.ndarray
-    by_protocol: np.ndarray
-    by_ours: np.ndarray
+    images: list[np.ndarray]
+    ssim: dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,36 +122,41 @@ def reconstruct(model: torch_reference.VQVAE, images: Sequence[np.ndarray]) -> n
 
 
 def score(model: torch_reference.VQVAE, slices: loader.Slices) -> Scores:
-    """Both SSIMs of every slice.
+    """The SSIMs of every slice.
 
     By the published protocol the model is given the z-scored slice, and its output, clipped, is compared with that at
-    256 x 256. By this package's metrics it is given what it was trained on, and its output is taken for what it was
-    trained to give, intensities, which are scaled to [0, 1] on the slice's own grid.
+    256 x 256. By this package's metrics it is given what it was trained on. Its output is then taken once for what it
+    was trained to give, intensities, which are scaled to [0, 1] (a sigmoid's are all but black), and once for an image
+    in [0, 1], which is kinder.
     """
     size = slices.image_shape[:2]
     raw = [slices.intensities(index) for index in range(len(slices))]
     outputs = reconstruct(model, [nifti.fit(published.z_score(x, x), size, "resize") for x in raw])
     outputs = np.clip([nifti.fit(output, published.SIZE, "resize") for output in outputs], 0, 1)
     originals = np.stack([published.to_compare(x, x) for x in raw])
-    by_protocol = [_ssim(*pair) for pair in zip(outputs, originals, strict=True)]
-    by_ours = []
-    for index, output in enumerate(reconstruct(model, [nifti.fit(x, size, "resize") for x in raw])):
+    images = reconstruct(model, [nifti.fit(x, size, "resize") for x in raw])
+    images = [nifti.fit(image, x.shape, "resize") for image, x in zip(images, raw, strict=True)]
+    scores = {PROTOCOL: [_ssim(*pair) for pair in zip(outputs, originals, strict=True)], INTENSITIES: [], IMAGES: []}
+    for index, image in enumerate(images):
         sample = slices.sample(index)
-        own = nifti.scale(nifti.fit(output, sample.pixels.shape, "resize"), *sample.range)
-        by_ours.append(_ssim(own, sample.pixels))
-    return Scores(originals, outputs, np.array(by_protocol), np.array(by_ours))
+        scores[INTENSITIES].append(_ssim(nifti.scale(image, *sample.range), sample.pixels))
+        scores[IMAGES].append(_ssim(image, sample.pixels))
+    return Scores(originals, outputs, images, {name: np.array(values) for name, values in scores.items()})
 
 
 def draw_published(path: Path, scores: Scores, slices: loader.Slices) -> None:
-    """A picture by the published protocol: the first slices, and the best, the median and the worst by its SSIM."""
-    order = np.argsort(scores.by_protocol)
+    """A picture of what the published protocol compares: the first slices, and the best, the median and the worst."""
+    order = np.argsort(scores.ssim[PROTOCOL])
     first = {index: f"slice {index + 1} of {len(order)}" for index in range(min(evaluation.FIRST_DRAWN, len(order)))}
     ranked = zip((order[-1], order[len(order) // 2], order[0]), ("best", "median", "worst"), strict=True)
     rows = []
     for index, label in (*first.items(), *ranked):
         sample = slices.sample(int(index))
+        # In the slice's own proportions, though compared as squares.
+        both = (scores.originals[index], scores.outputs[index])
+        original, output = (nifti.fit(image, sample.pixels.shape, "resize") for image in both)
         name = f"{label}: {Path(sample.file).name}, slice {sample.slice}"
-        rows.append(report.Row(scores.originals[index], scores.outputs[index], name, float(scores.by_protocol[index])))
+        rows.append(report.Row(original, output, name, float(scores.ssim[PROTOCOL][index])))
     report.draw_reconstructions(path, rows)
 
 
@@ -182,14 +190,15 @@ def draw_beside(path: Path, run: str, ours: Sequence[Ours], scores: Scores) -> N
     figure = Figure(figsize=(3 * _PANEL[0], _PANEL[1] * len(ours)), layout="compressed")
     FigureCanvasAgg(figure)
     for line, own in zip(figure.subplots(len(ours), 3, squeeze=False), ours, strict=True):
-        original, by_protocol, by_ours = own.sample.pixels, scores.by_protocol[own.index], scores.by_ours[own.index]
-        theirs = nifti.fit(scores.outputs[own.index], original.shape, "resize")
+        theirs, by_protocol, by_ours = (
+            of[own.index] for of in (scores.images, scores.ssim[PROTOCOL], scores.ssim[IMAGES])
+        )
         titles = (
             f"{Path(own.sample.file).name}, slice {own.sample.slice}",
             f"published recipe: SSIM {by_ours:.4f} ({by_protocol:.4f} by its protocol)",
             f"{run}: SSIM {own.by_ours:.4f} ({own.by_protocol:.4f} by the published protocol)",
         )
-        for panel, pixels, title in zip(line, (original, theirs, own.image), titles, strict=True):
+        for panel, pixels, title in zip(line, (own.sample.pixels, theirs, own.image), titles, strict=True):
             panel.imshow(pixels.T, cmap="gray", vmin=0, vmax=1)
             panel.set_title(title, fontsize=7)
             panel.set_axis_off()
@@ -253,13 +262,13 @@ def main() -> None:
         draw_published(out / f"seed-{seed}.png", scores, test)
         if ours and not found:
             draw_beside(out / "beside.png", flags.picture.resolve().name, ours, scores)
-        found.append((scores.by_protocol.mean(), scores.by_ours.mean(), seconds))
+        found.append((*(values.mean() for values in scores.ssim.values()), seconds))
         rows.append((f"seed {seed}", *found[-1]))
     rows.append(("mean", *map(statistics.mean, zip(*found, strict=True))))
     print()
     recipe = f"published, width {config.model.hidden_channels}, {size[0]}x{size[1]}"
-    cells = [(recipe, name, flags.steps, f"{a:.4f}", f"{b:.4f}", f"{s:.0f}") for name, a, b, s in rows]
-    header = ("recipe", "seed", "steps", "SSIM, published protocol", "SSIM, ours", "seconds of training")
+    cells = [(recipe, name, flags.steps, *(f"{x:.4f}" for x in means), f"{took:.0f}") for name, *means, took in rows]
+    header = ("recipe", "seed", "steps", *(f"SSIM, {name}" for name in scores.ssim), "seconds of training")
     _measure.print_table(header, cells)
     how = f"batches of {config.training.batch_size}, Adam at {config.training.learning_rate:g}"
     print(f"\n{len(test)} test slices; {how}, perceptual weight {config.loss.perceptual_weight:g}. Written: {out}/")
