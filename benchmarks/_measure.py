@@ -11,12 +11,14 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vqvae_jax.config import PRESETS, ModelConfig
+from vqvae_jax.errors import ConfigError, VQVAEError
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
@@ -116,9 +118,33 @@ def platform_of(device: str) -> dict[str, str]:
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A Markdown table, under a line that says when and on what."""
-    print(f"{datetime.date.today()}; {machine()}\n")
-    for row in (header, ["---"] * len(header), *rows):
-        print("| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row) + " |")
+    print(f"{datetime.date.today()}; {machine()}\n\n{table(header, rows)}")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; floats with three digits."""
+    lines = [header, ["---"] * len(header), *rows]
+    cells = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Runs a benchmark that reads data and runs; what its user can mend is said in one line, with exit status 2."""
+    try:
+        main()
+    except VQVAEError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def output_folder(path: Path) -> Path:
+    """Makes a folder for results before any long work. Raises ConfigError if it cannot be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise ConfigError(f"--out {path}: cannot be written ({error.strerror}); choose another") from error
 
 
 def machine() -> str:

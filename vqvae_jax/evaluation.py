@@ -175,17 +175,21 @@ class Evaluator:
     ) -> None:
         """Writes a picture of some slices: original, reconstruction, difference, with their SSIM."""
         drawn = []
+        for name, index, (sample, own) in zip(labels, indices, self.reconstruct(variables, indices), strict=True):
+            label = f"{name}: {Path(sample.file).name}, slice {sample.slice}"
+            drawn.append(report.Row(sample.pixels, own, label, evaluation.rows[index].ssim))
+        if distributed.is_first():
+            report.draw_reconstructions(path, drawn)
+
+    def reconstruct(self, variables: Any, indices: Sequence[int]) -> Iterator[tuple[loader.Sample, np.ndarray]]:
+        """Some slices, each with its reconstruction: float32 [H, W] in [0, 1] on the slice's own grid."""
         for start in range(0, len(indices), self._batch_size):
             chosen = indices[start : start + self._batch_size]
             images = np.zeros((self._batch_size, *self._slices.image_shape), np.float32)
             images[: len(chosen)] = [self._slices[index] for index in chosen]
             reconstructed, _ = self._reconstruct(variables, images, np.ones(self._batch_size, np.float32))
             for index, image in zip(chosen, reconstructed, strict=False):
-                sample, own = self._on_own_grid(index, image)
-                label = f"{labels[len(drawn)]}: {Path(sample.file).name}, slice {sample.slice}"
-                drawn.append(report.Row(sample.pixels, own, label, evaluation.rows[index].ssim))
-        if distributed.is_first():
-            report.draw_reconstructions(path, drawn)
+                yield self._on_own_grid(index, image)
 
     def _reconstruct(self, variables: Any, images: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, Any]:
         split = training.split_over_devices
@@ -273,6 +277,27 @@ def evaluate_run(
     Raises:
       CheckpointError, ConfigError, DataError: the run or its data cannot be read.
     """
+    config, variables, slices = open_run(run, split, which, data=data, log=log)
+    loss = config.loss
+    trained = vgg_weights.on_hand(loss.vgg_weights, *loss.perceptual_layers) if loss.perceptual_weight else None
+    evaluator = Evaluator(config, slices, trained)
+    evaluation = evaluator.run(variables, published_protocol=True)
+    write_results(evaluation, evaluator, variables, run / workdir.EVAL / split, scaling(config))
+    return evaluation
+
+
+def open_run(
+    run: Path,
+    split: str = "test",
+    which: checkpoint.Which = "best",
+    *,
+    data: str | None = None,
+    log: Callable[[str], None] = print,
+) -> tuple[Config, Any, loader.Slices]:
+    """What an `Evaluator` needs of a run: its configuration, its variables on every device, and the split.
+
+    The arguments and the errors are those of `evaluate_run`.
+    """
     config = workdir.load_config(run)
     if data is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, data=data))
@@ -280,16 +305,10 @@ def evaluate_run(
     shapes = jax.eval_shape(lambda: training.create_train_state(config, 1).variables)
     variables, _ = checkpoints.restore_variables(shapes, which)
     checkpoints.close()
-    variables = training.replicate(variables)
     with distributed.first_alone():
         builder = hip_mri.prepare(config.data, config.model.image_size, log)
     slices = loader.Slices(builder.as_data_source(split=split), config.data, config.model.image_size)
-    loss = config.loss
-    trained = vgg_weights.on_hand(loss.vgg_weights, *loss.perceptual_layers) if loss.perceptual_weight else None
-    evaluator = Evaluator(config, slices, trained)
-    evaluation = evaluator.run(variables, published_protocol=True)
-    write_results(evaluation, evaluator, variables, run / workdir.EVAL / split, scaling(config))
-    return evaluation
+    return config, training.replicate(variables), slices
 
 
 def scaling(config: Config) -> str:
