@@ -20,6 +20,8 @@ from vqvae_jax.errors import CheckpointError, DataError
 
 RNG = np.random.default_rng(0)
 SIZE = (32, 16)
+LARGER = (45, 23)
+"""Larger than the run's size, and no multiple of the downsampling."""
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -41,7 +43,7 @@ def smooth(*shape, scale=500, dtype=np.float32):
     return (scale * (1 + np.sin(rows / 5 + phase) * np.cos(columns / 4))).astype(dtype)
 
 
-@pytest.mark.parametrize("shape", [(32, 16), (33, 17), (3, 20, 9), (5, 7, 40), (2, 32, 16, 1), (1, 1)])
+@pytest.mark.parametrize("shape", [(32, 16), (45, 23), (3, 20, 9), (2, 32, 16, 1), (1, 1)])
 def test_any_shape_comes_back_as_float32_of_that_shape(run, resizing, shape):
     x = RNG.normal(size=shape)
     for model in (run, resizing):
@@ -50,13 +52,12 @@ def test_any_shape_comes_back_as_float32_of_that_shape(run, resizing, shape):
         assert y.min() >= x.min() - 1e-5 and y.max() <= x.max() + 1e-5
 
 
-@pytest.mark.parametrize("shape", [SIZE, (20, 11), (70, 41)])
-@pytest.mark.parametrize("factor", [1e-6, 1, 1e6])
+@pytest.mark.parametrize("shape", [(20, 11), LARGER])
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
 def test_the_scale_of_the_intensities_does_not_matter(run, shape, factor):
     x = smooth(2, *shape)
     y = run.reconstruct(x)
     np.testing.assert_allclose(run.reconstruct(x * factor - 3 * factor) / factor + 3, y, atol=2)
-    assert np.corrcoef(x.ravel(), y.ravel())[0, 1] > 0.6
 
 
 @pytest.mark.parametrize("dtype", ["bool", "u1", "i2", "u2", "i8", "f2", "f4", "f8", "bfloat16"])
@@ -69,7 +70,7 @@ def test_any_real_type_is_taken_for_its_values(run, dtype):
 @pytest.mark.parametrize("value", [0, -7.3, 1e38])
 def test_an_image_of_one_value_comes_back_exactly(run, resizing, value):
     for model in (run, resizing):
-        x = np.full((20, 30), value, np.float32)
+        x = np.full((20, 16), value, np.float32)
         np.testing.assert_array_equal(model.reconstruct(x), x)
 
 
@@ -86,14 +87,34 @@ def test_what_fits_the_runs_size_gets_what_evaluation_gives(run, resizing, fit, 
     np.testing.assert_allclose(model.reconstruct(image), nifti.unscale(own, *limits), rtol=1e-4, atol=1e-2)
 
 
-@pytest.mark.parametrize("shape", [(45, 16), (32, 23), (61, 47)])
-def test_no_pixel_of_a_larger_slice_is_lost(run, shape):
-    """What pad-crop cut away would come back as the darkest intensity."""
-    y = run.reconstruct(1000 + smooth(*shape))
-    edges = np.concatenate([y[0], y[-1], y[:, 0], y[:, -1]])
-    assert np.mean(edges == y.min()) < 0.5
-    codes = run.encode(smooth(*shape)).levels[0]
-    assert all(4 * codes_side >= side for codes_side, side in zip(codes.shape[1:], shape, strict=True))
+def perfect(run, fit):
+    """A model of two levels that loses nothing but the precision of 1 in 60,000; its grids are multiples of 4."""
+    model = dataclasses.replace(run.config.model, num_embeddings=60_001)
+    config = dataclasses.replace(run.config, model=model, data=dataclasses.replace(run.config.data, fit=fit))
+    made = inference.Run(config, {})
+    made._to_codes = lambda _, x: tuple((60_000 * y[..., 0]).round().astype("int32") for y in (x, x[:, ::4, ::4]))
+    made._from_codes = lambda _, codes: codes[0][..., None] / np.float32(60_000)
+    return made
+
+
+@pytest.mark.parametrize("shape", [SIZE, (7, 11), (45, 16), (32, 23), (3, 61, 47), (70, 20, 50)])
+def test_a_perfect_model_gives_every_pixel_back_at_its_place(run, shape):
+    x = RNG.uniform(100, 900, shape)
+    model = perfect(run, "pad-crop")
+    codes = model.encode(x)
+    for size, side, least in zip(codes.levels[0].shape[1:], shape[-2:], SIZE, strict=True):
+        assert size == max(least, 4 * np.ceil(side / 4))
+    limits = codes.ranges[:, :, None, None] if x.ndim == 3 else codes.ranges[0][:, None, None]
+    expected = x.clip(*np.moveaxis(limits, 1, 0)) if x.ndim == 3 else x.clip(*limits)
+    np.testing.assert_allclose(model.decode(codes), expected, atol=0.02)
+
+
+def test_a_run_of_resized_slices_resizes_and_back(run):
+    x = smooth(64, 48)
+    model = perfect(run, "resize")
+    codes = model.encode(x)
+    assert codes.levels[0].shape[1:] == SIZE
+    np.testing.assert_allclose(model.decode(codes), x, atol=200)  # of 1000: each half wave has 5 pixels left
 
 
 def test_reconstruct_is_decode_of_encode_however_they_are_batched(run):
@@ -118,13 +139,13 @@ def test_a_grid_is_compiled_once_for_any_count_of_slices(run):
     def count(name, *_, **__):
         compiled.append(name == COMPILED)
 
-    run.reconstruct(RNG.normal(size=(44, 20)))
+    run.reconstruct(RNG.normal(size=LARGER))
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
         for number in (1, 2, 3, 50, 97):
-            run.reconstruct(RNG.normal(size=(number, 43, 19)))
+            run.reconstruct(RNG.normal(size=(number, 46, 22)))
         assert sum(compiled) == 0
-        run.reconstruct(RNG.normal(size=(45, 20)))  # another grid: the count counts
+        run.reconstruct(RNG.normal(size=(36, 16)))  # another grid: the count counts
         assert sum(compiled) > 0
     finally:
         jax.monitoring.clear_event_listeners()
@@ -135,7 +156,7 @@ def test_codes_are_what_they_say(run):
     codes = run.encode(x)
     (level,) = codes.levels
     assert (level.shape, level.dtype, codes.shape) == ((3, 8, 4), np.int32, x.shape)
-    assert 0 <= level.min() and level.max() < run.config.model.num_codes
+    assert level.min() >= 0 and level.max() < run.config.model.num_codes
     expected = np.percentile(x, run.config.data.scale_percentiles, axis=(1, 2)).T
     np.testing.assert_allclose(codes.ranges, expected, rtol=1e-5)
 
@@ -193,7 +214,7 @@ def test_codes_of_another_model_are_refused(run):
 
 
 def test_threads_get_what_one_thread_gets(run):
-    images = [smooth(count, 30 + 9 * (count % 2), 16) for count in range(1, 9)]
+    images = [smooth(count, *(SIZE, LARGER)[count % 2]) for count in range(1, 9)]
     expected = [run.reconstruct(x) for x in images]
     with ThreadPoolExecutor(4) as pool:
         for found, wanted in zip(pool.map(run.reconstruct, images), expected, strict=True):
@@ -238,7 +259,7 @@ def save(path, voxels, spacing=(0.8, 0.8, 3)):
 
 @pytest.mark.parametrize("axis", range(3))
 def test_a_volume_goes_slice_by_slice_along_the_axis_of_acquisition(run, tmp_path, axis):
-    voxels = np.moveaxis(smooth(4, 36, 20, dtype=np.int16), 0, axis)
+    voxels = np.moveaxis(smooth(4, *LARGER, dtype=np.int16), 0, axis)
     path = save(tmp_path / "in.nii.gz", voxels, np.insert([0.8, 0.8], axis, 3))
     result = run.reconstruct_nifti(path, tmp_path / "out.nii.gz", difference=tmp_path / "difference.nii")
     limits = nifti.intensity_range(voxels.astype(np.float32), run.config.data.scale_percentiles)
@@ -250,8 +271,8 @@ def test_a_volume_goes_slice_by_slice_along_the_axis_of_acquisition(run, tmp_pat
     difference = nibabel.load(tmp_path / "difference.nii")
     assert difference.get_data_dtype() == np.float32
     np.testing.assert_allclose(np.moveaxis(difference.get_fdata(), axis, 0), expected - slices, atol=1e-3)
-    for index, (a, b) in enumerate(zip(expected, slices, strict=True)):
-        a, b = (nifti.scale(x.astype(np.float32), *limits) for x in (a, b))
+    for index in range(4):
+        a, b = (nifti.scale(x[index].astype(np.float32), *limits) for x in (expected, slices))
         assert result.ssim_per_slice[index] == pytest.approx(structural_similarity(a, b, data_range=1), abs=1e-5)
         assert result.psnr_per_slice[index] == pytest.approx(peak_signal_noise_ratio(b, a, data_range=1), abs=1e-3)
     assert result.ssim == pytest.approx(np.mean(result.ssim_per_slice))
@@ -298,7 +319,7 @@ def test_refusals_name_the_file_and_leave_nothing(run, tmp_path):
 
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="no real MRI beside the checkout")
-@pytest.mark.parametrize("plane", ["tra", "cor", "sag"])
+@pytest.mark.parametrize("plane", ["cor", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tra", "sag"))])
 def test_real_volumes_keep_their_geometry(run, tmp_path, plane):
     source = REAL_DATA / f"prostatex/volumes/prostatex_0000_t2tse{plane}.nii.gz"
     target = tmp_path / "out.nii.gz"
@@ -306,8 +327,6 @@ def test_real_volumes_keep_their_geometry(run, tmp_path, plane):
     assert result.slice_axis == 2
     before, after = nibabel.load(source), nibabel.load(target)
     assert before.header == after.header
-    a, b = (np.asarray(image.dataobj, np.float64).ravel() for image in (before, after))
-    assert np.corrcoef(a, b)[0, 1] > 0.7
     before, after = sitk.ReadImage(str(source)), sitk.ReadImage(str(target))
     for fact in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection", "GetPixelIDTypeAsString"):
         assert getattr(before, fact)() == getattr(after, fact)()

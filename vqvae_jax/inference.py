@@ -94,8 +94,8 @@ def load(run: str | Path, which: checkpoint.Which = "best") -> "Run":
     Example:
       >>> import vqvae_jax
       >>> run = vqvae_jax.load("runs/demo")
-      >>> run.reconstruct(np.zeros((40, 24))).shape
-      (40, 24)
+      >>> run.reconstruct(np.zeros((45, 23))).shape
+      (45, 23)
     """
     run = Path(run)
     config = workdir.load_config(run)
@@ -118,10 +118,10 @@ class Run:
       variables: its model's variables.
 
     Example:
-      >>> image = np.random.default_rng(0).integers(0, 4096, (3, 40, 20))
+      >>> image = np.random.default_rng(0).integers(0, 4096, (3, 45, 23))
       >>> codes = run.encode(image)
       >>> codes.levels[0].shape, codes.ranges.shape
-      ((3, 10, 5), (3, 2))
+      ((3, 12, 6), (3, 2))
       >>> bool((run.decode(codes) == run.reconstruct(image)).all())
       True
     """
