@@ -32,10 +32,14 @@ _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # Rec. 601
 
 @dataclasses.dataclass(frozen=True)
 class Volume:
-    """Voxels of one file: float32 [X, Y] or [X, Y, Z], intensities as acquired, and where they lie (mm)."""
+    """Voxels of one file: float32 [X, Y] or [X, Y, Z], intensities as acquired, and where they lie (mm).
+
+    ``header`` is all that precedes the voxels in the file, as it is there: header and extensions.
+    """
 
     voxels: np.ndarray
     affine: np.ndarray
+    header: bytes = b""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +85,7 @@ def _read_bounded(stream: BinaryIO, size: int) -> bytes:
         compressed = buffered.peek(2)[:2] == b"\x1f\x8b"
         reader = gzip.GzipFile(fileobj=buffered) if compressed else buffered
         head = reader.read(_HEADER_BYTES[-1])
-        expected = _bytes_needed(_header(head))
+        expected = _bytes_needed(header_of(head))
         if expected > size * (MAX_DEFLATE_RATIO if compressed else 1):
             raise DataError(
                 f"is truncated: its header announces {expected} bytes, more than {size} bytes on disk can hold"
@@ -101,10 +105,13 @@ def _read_bounded(stream: BinaryIO, size: int) -> bytes:
     return b"".join(parts)
 
 
-def _header(head: bytes) -> nibabel.Nifti1Header:
-    """The header, repaired where nibabel can, of a file that begins with ``head``.
+def header_of(head: bytes) -> nibabel.Nifti1Header:
+    """The header (NIfTI-1 or -2), repaired where nibabel can, of a file that begins with ``head``.
 
     Extensions are left alone: nibabel warns of or fails on damaged ones, and no voxel depends on them.
+
+    Raises:
+      DataError: this is no header of a single-file NIfTI, or a damaged one; the reason alone.
     """
     for cls, length in zip((nibabel.Nifti1Header, nibabel.Nifti2Header), _HEADER_BYTES, strict=True):
         for order in ("little", "big"):
@@ -144,7 +151,7 @@ def _bytes_needed(header: nibabel.Nifti1Header) -> int:
 
 
 def _parse(content: bytes) -> Volume:
-    header = _header(content)
+    header = header_of(content)
     shape = _shape(header)
     with np.errstate(all="ignore"):
         try:
@@ -162,7 +169,7 @@ def _parse(content: bytes) -> Volume:
         raise DataError(f"holds {bad} voxels that are NaN, infinite or beyond {MAX_INTENSITY:g}, of {voxels.size}")
     if not np.isfinite(affine).all():
         raise DataError("has a damaged header (its affine is not finite)")
-    return Volume(voxels.reshape(shape, order="F"), affine)
+    return Volume(voxels.reshape(shape, order="F"), affine, content[: header.get_data_offset()])
 
 
 def _scaled(stored: np.ndarray, slope: float | None, inter: float | None) -> np.ndarray:
