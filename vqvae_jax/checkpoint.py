@@ -1,8 +1,9 @@
 """Save and restore a run's state: the only file that knows Orbax.
 
 A checkpoint holds ``model`` (what is evaluated: parameters, batch statistics, codebook), ``optimizer`` (its state,
-the step, an adversary, and where ``model`` holds averages, what they are of), ``progress`` (JSON: epoch, data position, and whatever
-the trainer needs to go on), and the CRC-32 of all their files. The newest and the best by validation SSIM are kept.
+the step, an adversary, and where ``model`` holds averages, what they are of), ``progress`` (JSON: epoch, data
+position, and whatever the trainer needs to go on), and the CRC-32 of all their files. The newest and the best by
+validation SSIM are kept.
 """
 
 import json
