@@ -271,11 +271,12 @@ def equal_state(model, judge_params):
     imported, variables = torch_import.convert(tensors)
     shape = dataclasses.replace(imported.model, image_size=MODEL.image_size, published_flatten=False)
     config = dataclasses.replace(with_loss(adversarial_start=0), model=shape)
-    state = jax.device_get(training.create_train_state(config, 10))
+    state = jax.eval_shape(lambda: training.create_train_state(config, 10))
     params = variables.pop("params")
     adversary = state.adversary.replace(params=judge_params)
     assert jax.tree.structure(adversary) == jax.tree.structure(state.adversary)
-    return state.replace(params=params, model_state=variables, adversary=adversary), config
+    state = state.replace(params=params, model_state=variables, adversary=adversary.replace(step=0, opt_state=()))
+    return state.replace(step=0, opt_state=()), config
 
 
 def on_devices(train_step, initial):
