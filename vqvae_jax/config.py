@@ -228,7 +228,7 @@ class LossConfig:
     ms_ssim_weight: float = 0.0
     """Weight of 1 - MS-SSIM, over as many of its five scales as the images have room for; 0 does not compute it."""
     adversarial_weight: float = 0.0
-    """Weight of a patch discriminator's verdict on reconstructions, as in VQGAN: sharper images, whose detail may be
+    """Weight of a patch discriminator's verdict on reconstructions, as in VQGAN, meant to sharpen; detail may be
     invented. It multiplies an adaptive weight, the ratio of the norms of the two gradients (of the terms that compare
     images, and of the verdict) at the decoder's last layer. 0 builds no discriminator at all."""
     adversarial_start: int = 0
