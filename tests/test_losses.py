@@ -74,3 +74,13 @@ def test_every_part_comes_in_by_its_weight(name):
     np.testing.assert_allclose((found.ssim, found.ms_ssim), (1 - similar, 1 - ms_similar), rtol=1e-5)
     expected = losses.RECONSTRUCTION[name](IMAGES, TARGET) + 0.25 + 3.5 + 2 * (1 - similar) + 3 * (1 - ms_similar)
     np.testing.assert_allclose(found.total, expected, rtol=1e-5)
+
+
+def test_hinge_losses_equal_torch():
+    """A logit beyond the margin costs the discriminator nothing; the generator gains by every bit."""
+    torch = pytest.importorskip("torch")
+    real, fake = 2 * normal(2, 3, 4, 1), 2 * normal(2, 3, 4, 1, seed=1)
+    theirs = [torch.nn.functional.relu(1 + sign * torch.from_numpy(x)).mean() for sign, x in ((-1, real), (1, fake))]
+    np.testing.assert_allclose(losses.hinge_discriminator_loss(real, fake), sum(theirs).item() / 2, rtol=1e-6)
+    np.testing.assert_allclose(losses.hinge_generator_loss(fake), -torch.from_numpy(fake).mean().item(), rtol=1e-5)
+    assert losses.hinge_discriminator_loss(np.float32([1, 5]), np.float32([-1, -5])) == 0

@@ -199,3 +199,44 @@ def test_averaged_weights_are_evaluated_and_training_resumes_from_the_latest(pla
         jax.tree.map(np.testing.assert_array_equal, *(getattr(state, name) for state in states))
     kernels = [jax.tree.leaves(tree)[0] for tree in (states[0].params, states[0].average["params"])]
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
+
+
+def with_adversary(settings, start):
+    fields = {"adversarial_weight": 0.5, "adversarial_start": start}
+    fields |= {"discriminator_channels": 8, "discriminator_layers": 1}
+    return dataclasses.replace(settings, loss=dataclasses.replace(settings.loss, **fields))
+
+
+def test_an_adversary_is_reported(place):
+    """It joins in the second epoch of three steps."""
+    settings, said = with_adversary(tiny(epochs=2), start=3), []
+    trainer.train_and_evaluate(settings, place / "duel", log=said.append)
+    first, second = lines(place / "duel", "train")
+    assert first["adversarial_weight"] == 0 < second["adversarial_weight"]
+    assert second["discriminator"] != first["discriminator"] > 0
+    assert any(line.startswith("Discriminator: 0.00 M parameters, joins after 3 steps") for line in said)
+    (line,) = (line for line in said if line.startswith("Epoch [2/2]"))
+    labels = {"generator": "Generator", "discriminator": "Discriminator", "adversarial_weight": "Adversarial weight"}
+    assert all(f"{label}: {second[name]:.4f}, " in line for name, label in labels.items())
+
+
+@pytest.mark.slow
+def test_an_adversary_goes_on_after_a_resume(place, monkeypatch):
+    """Stopped in the second epoch, in which it joined."""
+    settings = with_adversary(tiny(epochs=2), start=3)
+    trainer.train_and_evaluate(settings, place / "duel-whole", log=lambda line: None)
+    stop_after(4, monkeypatch)
+    trainer.train_and_evaluate(settings, place / "duel-resumed", log=lambda line: None)
+    monkeypatch.undo()
+    trainer.train_and_evaluate(settings, place / "duel-resumed", resume=True, log=lambda line: None)
+    one, other = (final_state(place / name, settings)[0] for name in ("duel-whole", "duel-resumed"))
+    assert one.adversary.step == 3
+    for a, b in ((one, other), (one.adversary, other.adversary)):
+        jax.tree.map(np.testing.assert_array_equal, (a.params, a.opt_state), (b.params, b.opt_state))
+    jax.tree.map(np.testing.assert_array_equal, one.model_state, other.model_state)
+
+
+def test_an_adversary_that_would_never_join_is_refused(place):
+    settings = with_adversary(tiny(epochs=2), start=6)
+    with pytest.raises(ConfigError, match=r"--adversarial-start 6 is not below the 6 steps .*2 epochs of 3"):
+        trainer.train_and_evaluate(settings, place / "late", log=lambda line: None)

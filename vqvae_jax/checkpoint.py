@@ -1,8 +1,9 @@
 """Save and restore a run's state: the only file that knows Orbax.
 
 A checkpoint holds ``model`` (what is evaluated: parameters, batch statistics, codebook), ``optimizer`` (its state,
-the step, and where ``model`` holds averages, what they are of), ``progress`` (JSON: epoch, data position, and whatever
-the trainer needs to go on), and the CRC-32 of all their files. The newest and the best by validation SSIM are kept.
+the step, an adversary, and where ``model`` holds averages, what they are of), ``progress`` (JSON: epoch, data
+position, and whatever the trainer needs to go on), and the CRC-32 of all their files. The newest and the best by
+validation SSIM are kept.
 """
 
 import json
@@ -126,6 +127,8 @@ class Checkpoints:
             state = state.replace(average={name: variables[name] for name in latest})
         model_state = variables | latest
         params = model_state.pop("params")
+        if state.adversary:
+            optimizer["adversary"] = state.adversary.replace(**optimizer["adversary"])
         return state.replace(params=params, model_state=model_state, **optimizer), found["progress"]
 
     def restore_variables(self, variables: Any, which: Which = "best") -> tuple[Any, dict[str, Any]]:
@@ -216,6 +219,8 @@ def _optimizer_tree(state: TrainState) -> dict[str, Any]:
     tree = {"opt_state": state.opt_state, "step": state.step}
     if state.average:
         tree["weights"] = {name: state.variables[name] for name in state.average}
+    if state.adversary:
+        tree["adversary"] = {name: getattr(state.adversary, name) for name in ("params", "opt_state", "step")}
     return tree
 
 

@@ -228,7 +228,8 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """Total = reconstruction + perceptual_weight * L1 between VGG16 features + the quantizer's loss
-    + ssim_weight * (1 - SSIM) + ms_ssim_weight * (1 - MS-SSIM)."""
+    + ssim_weight * (1 - SSIM) + ms_ssim_weight * (1 - MS-SSIM) + adversarial_weight * the adaptive weight * the
+    discriminator's verdict."""
 
     reconstruction: Literal["l1", "l2", "charbonnier"] = "l1"
     """How pixels are compared: mean absolute difference, mean squared difference, or a smooth absolute value."""
@@ -244,10 +245,22 @@ class LossConfig:
     """Weight of 1 - SSIM; 0 does not compute it."""
     ms_ssim_weight: float = 0.0
     """Weight of 1 - MS-SSIM, over as many of its five scales as the images have room for; 0 does not compute it."""
+    adversarial_weight: float = 0.0
+    """Weight of a patch discriminator's verdict on reconstructions, as in VQGAN, meant to sharpen; detail may be
+    invented. It multiplies an adaptive weight, the ratio of the norms of the two gradients (of the terms that compare
+    images, and of the verdict) at the decoder's last layer. 0 builds no discriminator at all."""
+    adversarial_start: int = 0
+    """Steps before the discriminator joins: until then it does not learn, and its verdict does not count."""
+    discriminator_channels: int = 64
+    """Channels of the discriminator's first layer; each next one has twice as many, up to eight times."""
+    discriminator_layers: int = 3
+    """Stride-2 layers of the discriminator: 3 judge patches of 70 x 70 pixels, 2 of 34 x 34."""
 
     def __post_init__(self):
         object.__setattr__(self, "perceptual_layers", tuple(self.perceptual_layers))
-        _require_not_negative(self, "perceptual_weight", "ssim_weight", "ms_ssim_weight")
+        weights = ("perceptual_weight", "ssim_weight", "ms_ssim_weight", "adversarial_weight")
+        _require_not_negative(self, *weights, "adversarial_start")
+        _require_positive(self, "discriminator_channels", "discriminator_layers")
         _require(
             0 < len(self.perceptual_layers) == len(set(self.perceptual_layers)),
             "perceptual_layers",

@@ -1,4 +1,4 @@
-"""The training loss: reconstruction, perceptual, structural similarity, quantizer. Pure functions of arrays."""
+"""The training losses: reconstruction, perceptual, similarity, quantizer, adversary. Pure functions of arrays."""
 
 import flax.struct
 import jax
@@ -15,7 +15,8 @@ CHARBONNIER_EPSILON = 1e-3
 class Losses:
     """Scalars float32: ``total``, and the parts whose weighted sum it is (see `total_loss`).
 
-    ``ssim`` is 1 - SSIM and ``ms_ssim`` 1 - MS-SSIM. A part that is switched off is 0.
+    ``ssim`` is 1 - SSIM and ``ms_ssim`` 1 - MS-SSIM. A part that is switched off is 0. An adversary's part is
+    in the total alone (see `adversarial.AdversaryMetrics`).
     """
 
     total: jax.Array
@@ -83,6 +84,17 @@ def total_loss(
             similarity[name] = 1 - jnp.mean(measure(reconstruction, target))
             total += weight * similarity[name]
     return Losses(total=total, reconstruction=difference, perceptual=perceptual, quantizer=quantizer, **similarity)
+
+
+def hinge_discriminator_loss(real: jax.Array, fake: jax.Array) -> jax.Array:
+    """(mean max(0, 1 - real) + mean max(0, 1 + fake)) / 2 of a discriminator's logits (Lim and Ye 2017,
+    arXiv:1705.02894; halved as in VQGAN's code)."""
+    return (jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake))) / 2
+
+
+def hinge_generator_loss(fake: jax.Array) -> jax.Array:
+    """- mean of a discriminator's logits of reconstructions: lower the more real they look."""
+    return -jnp.mean(fake)
 
 
 def _difference(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -31,6 +31,9 @@ _LABELS = {
     "quantizer": "Quantizer",
     "ssim_loss": "1 - SSIM",
     "ms_ssim_loss": "1 - MS-SSIM",
+    "generator": "Generator",
+    "discriminator": "Discriminator",
+    "adversarial_weight": "Adversarial weight",
 }
 """The parts of the loss in the line of an epoch, by their names in the logs."""
 
@@ -143,7 +146,7 @@ class Trainer:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        self._check_warmup()
+        self._check_steps()
         self._schedule = training.learning_rate_schedule(config.training, self._loader.steps_per_epoch)
         self._validator = evaluation.Evaluator(config, validation)
         self._samples = np.linspace(0, len(validation) - 1, min(config.training.sample_images, len(validation)))
@@ -162,9 +165,15 @@ class Trainer:
         """Steps taken since the run began."""
         return int(self._state.step)
 
-    def _check_warmup(self) -> None:
-        settings = self._config.training
+    def _check_steps(self) -> None:
+        settings, loss = self._config.training, self._config.loss
         steps = settings.epochs * self._loader.steps_per_epoch
+        if loss.adversarial_weight and loss.adversarial_start >= steps:
+            raise ConfigError(
+                f"--adversarial-start {loss.adversarial_start} is not below the {steps} steps of this training "
+                f"({settings.epochs} epochs of {self._loader.steps_per_epoch}), so that no discriminator would join; "
+                "start it earlier"
+            )
         if settings.warmup_steps >= steps:
             raise ConfigError(
                 f"--warmup-steps {settings.warmup_steps} is not below the {steps} steps of this training "
@@ -180,6 +189,9 @@ class Trainer:
             + (f" in {processes} processes" if processes > 1 else "")
         )
         loss = self._config.loss
+        if self._state.adversary:
+            size = sum(leaf.size for leaf in jax.tree.leaves(self._state.adversary.params))
+            self._log(f"Discriminator: {size / 1e6:.2f} M parameters, joins after {loss.adversarial_start} steps")
         if loss.perceptual_weight and loss.vgg_weights == vgg_weights.RANDOM:
             layers = ", ".join(loss.perceptual_layers)
             self._log(
@@ -274,6 +286,10 @@ class Trainer:
             values["ssim_loss"] = metrics.losses.ssim
         if config.ms_ssim_weight:
             values["ms_ssim_loss"] = metrics.losses.ms_ssim
+        if metrics.adversary:
+            values["generator"] = metrics.adversary.generator
+            values["discriminator"] = metrics.adversary.discriminator
+            values["adversarial_weight"] = metrics.adversary.weight
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         if not all(map(math.isfinite, values.values())):
             raise DivergenceError(self._divergence(step, values))

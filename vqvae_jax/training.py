@@ -1,6 +1,7 @@
 """One step of training and of evaluation, pmapped over this process's devices."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import optax
 from flax.training import train_state
 
-from vqvae_jax import augmentation, compilation, losses
+from vqvae_jax import adversarial, augmentation, compilation, losses
 from vqvae_jax.config import AugmentationConfig, Config, TrainingConfig
 from vqvae_jax.errors import ConfigError
 from vqvae_jax.models import vgg16, vgg_weights
@@ -37,11 +38,12 @@ class TrainState(train_state.TrainState):
 
     ``model_state`` has the collection ``batch_stats`` (batch norm's running statistics; group norm has none) and,
     with an EMA codebook, ``codebook``; it may be empty. ``average`` holds moving averages of ``params`` and, where
-    there are any, ``batch_stats``; or nothing.
+    there are any, ``batch_stats``; or nothing. ``adversary`` is a discriminator's own state, or nothing.
     """
 
     model_state: Any
     average: Any = None
+    adversary: train_state.TrainState | None = None
 
     @property
     def variables(self) -> Variables:
@@ -61,6 +63,7 @@ class StepMetrics:
     losses: losses.Losses
     gradient_norm: jax.Array
     counts: jax.Array
+    adversary: adversarial.AdversaryMetrics | None = None
 
 
 @flax.struct.dataclass
@@ -135,6 +138,7 @@ def create_train_state(config: Config, steps_per_epoch: int) -> TrainState:
         model_state=variables,
         tx=optimizer,
         opt_state=opt_state,
+        adversary=adversarial.create(config, learning_rate_schedule(config.training, steps_per_epoch)),
     )
     return state.replace(average=_averaged(state)) if config.training.average_decay else state
 
@@ -153,13 +157,23 @@ def load_vgg(config: Config) -> VggParams | None:
 
 
 def make_loss(config: Config) -> Callable[[Any, TrainState, jax.Array, VggParams | None], tuple]:
-    """The training loss on one device: (parameters, state, images [B, H, W, 1], VGG parameters) ->
-    (total, (Losses, code counts [levels, K], new model state)). Batch statistics are taken over the axis ``AXIS``.
+    """The training loss on one device, without an adversary: (parameters, state, images [B, H, W, 1], VGG parameters)
+    -> (total, (Losses, code counts [levels, K], new model state)). Batch statistics are taken over the axis ``AXIS``.
     """
-    _check_similarity(config)
-    vgg = vgg16.VGG16(layers=config.loss.perceptual_layers, dtype=jnp.dtype(config.model.precision))
+    forward, compare = _make_forward(config), _make_compare(config)
 
     def loss_fn(params, state, images, vgg_params):
+        output, model_state = forward(params, state, images)
+        parts = compare(output.reconstruction, output.quantizer.loss, images, vgg_params)
+        return parts.total, (parts, output.counts, model_state)
+
+    return loss_fn
+
+
+def _make_forward(config: Config) -> Callable:
+    """The model in training: (parameters, state, images) -> (VQVAEOutput, new model state)."""
+
+    def forward(params, state, images):
         def apply(params, images):
             return state.apply_fn(
                 {"params": params, **state.model_state},
@@ -169,20 +183,48 @@ def make_loss(config: Config) -> Callable[[Any, TrainState, jax.Array, VggParams
                 rngs={CODEBOOK: jax.random.fold_in(jax.random.key(config.training.seed), state.step)},
             )
 
-        if config.training.remat in KEPT:
-            policy = jax.checkpoint_policies.save_only_these_names(*KEPT[config.training.remat])
-            apply = jax.checkpoint(apply, policy=policy)
-        output, model_state = apply(params, images)
+        return _remat(config, apply)(params, images)
+
+    return forward
+
+
+def _remat(config: Config, function: Callable) -> Callable:
+    """``function``, of whose values its gradient finds those in memory that ``remat`` keeps."""
+    if config.training.remat not in KEPT:
+        return function
+    policy = jax.checkpoint_policies.save_only_these_names(*KEPT[config.training.remat])
+    return jax.checkpoint(function, policy=policy)
+
+
+def _make_compare(config: Config) -> Callable:
+    """The losses of a reconstruction: (reconstruction, quantizer's loss, images, VGG parameters) -> Losses."""
+    _check_similarity(config)
+    vgg = vgg16.VGG16(layers=config.loss.perceptual_layers, dtype=jnp.dtype(config.model.precision))
+
+    def compare(reconstruction, quantizer, images, vgg_params):
         perceptual = jnp.float32(0)
         if vgg_params is not None:
             perceptual = losses.perceptual_loss(
-                vgg.apply(vgg_params, output.reconstruction),
+                vgg.apply(vgg_params, reconstruction),
                 jax.lax.stop_gradient(vgg.apply(vgg_params, images)),
             )
-        parts = losses.total_loss(config.loss, output.reconstruction, images, output.quantizer.loss, perceptual)
-        return parts.total, (parts, output.counts, model_state)
+        return losses.total_loss(config.loss, reconstruction, images, quantizer, perceptual)
 
-    return loss_fn
+    return compare
+
+
+def _make_gradient(config: Config) -> Callable:
+    """What `adversarial.make_gradient` returns, with None for the discriminator's where there is none."""
+    if config.loss.adversarial_weight:
+        remat = functools.partial(_remat, config)
+        return adversarial.make_gradient(config, _make_forward(config), _make_compare(config), remat, AXIS)
+    differentiate = jax.grad(make_loss(config), has_aux=True)
+
+    def gradient(params, state, images, vgg_params):
+        gradients, (parts, counts, model_state) = differentiate(params, state, images, vgg_params)
+        return (gradients, None), (parts, None), counts, model_state
+
+    return gradient
 
 
 def _check_similarity(config: Config) -> None:
@@ -202,7 +244,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, VggParam
     buffers are reused for the new one. With ``accumulate``, B is cut into that many parts, whose gradients are
     averaged; the model's other state (running statistics, EMA codebook) moves with each part.
     """
-    gradient = jax.grad(make_loss(config), has_aux=True)
+    gradient = _make_gradient(config)
 
     def backward(state, images, vgg_params, part=0):
         if config.augmentation != AugmentationConfig():
@@ -210,13 +252,15 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, VggParam
             for number in (AUGMENTATION, state.step, part):
                 key = jax.random.fold_in(key, number)
             images = augmentation.augment(key, images, config.augmentation, _places(len(images)))
-        gradients, (loss, counts, model_state) = gradient(state.params, state, images, vgg_params)
+        gradients, loss, counts, model_state = gradient(state.params, state, images, vgg_params)
         return state.replace(model_state=model_state), (gradients, loss, counts)
 
     def finish(state, found):
         gradients, loss, counts = found
-        gradients, loss = jax.lax.pmean((gradients, loss), AXIS)
-        metrics = StepMetrics(loss, optax.tree.norm(gradients), jax.lax.psum(counts, AXIS))
+        (gradients, adversary_gradients), (loss, adversary) = jax.lax.pmean((gradients, loss), AXIS)
+        metrics = StepMetrics(loss, optax.tree.norm(gradients), jax.lax.psum(counts, AXIS), adversary)
+        if state.adversary:
+            state = state.replace(adversary=adversarial.update(config, state, adversary_gradients))
         state = state.apply_gradients(grads=gradients)
         if config.training.average_decay:
             # Young averages follow the weights closely, or they would long remember the random start.
@@ -236,8 +280,9 @@ def _accumulated(config: Config, backward: Callable, finish: Callable) -> Callab
 
     def zeros(state, _device):
         loss = losses.Losses(*jnp.zeros(len(dataclasses.fields(losses.Losses))))
-        counts = jnp.zeros((config.model.levels, config.model.num_codes))
-        return jax.tree.map(jnp.zeros_like, state.params), loss, counts
+        gradients = jax.tree.map(jnp.zeros_like, (state.params, state.adversary and state.adversary.params))
+        adversary = state.adversary and adversarial.AdversaryMetrics(*jnp.zeros(3))
+        return gradients, (loss, adversary), jnp.zeros((config.model.levels, config.model.num_codes))
 
     def add(state, sums, images, vgg_params, part):
         state, found = backward(state, images, vgg_params, part)
