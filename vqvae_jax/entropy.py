@@ -166,7 +166,7 @@ class _Counts:
         table += new.astype(np.int32)
         if self.everywhere.sum() >= _HALVE_AT:
             for counts in (self.everywhere, *self.contexts.values()):
-                counts >>= 1
+                np.right_shift(counts, 1, out=counts)
 
 
 def _cluster(codes: np.ndarray, num_codes: int) -> np.ndarray:
