@@ -15,7 +15,7 @@ GOLDEN = "a475141701fd7779eec6831205f61144d6a268cd5040d007071228bba595813f1f809b
 """Codes as version 1 of the format has them, for ever."""
 
 
-def smooth_codes(rng, num_codes, shape=(6, 48, 48)):
+def smooth_codes(rng, num_codes, shape=(8, 64, 64)):
     """Codes of a smooth random field: neighbours are alike, numbers mean nothing."""
     field = gaussian_filter(rng.normal(size=shape), 2, mode="wrap")
     levels = np.quantile(field, np.linspace(0, 1, num_codes + 1)[1:-1])
@@ -117,9 +117,9 @@ def test_equal_codes_cost_next_to_nothing():
 
 
 def test_neighbours_are_made_use_of():
-    codes = smooth_codes(np.random.default_rng(3), 64)
+    codes = smooth_codes(np.random.default_rng(3), 32)
     share = np.bincount(codes.ravel()) / codes.size
-    payload, classes = entropy.encode(codes, 64)
+    payload, classes = entropy.encode(codes, 32)
     assert len(set(classes)) == 16
     assert 8 * len(payload) < 0.75 * codes.size * -(share * np.log2(share)).sum()
 

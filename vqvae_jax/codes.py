@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import string
 import struct
 import zlib
 from pathlib import Path
@@ -159,6 +160,9 @@ def _parse(header: dict[str, Any], body: memoryview, size: int) -> CodeFile:
     ranges = ranges.view("<f4").astype(np.float32).reshape(-1, 2)
     if not np.isfinite(ranges).all() or (ranges[:, 0] > ranges[:, 1]).any():
         raise DataError("has a damaged header (its ranges are not intensities)")
+    nifti, fingerprint = _from_text(header.get("nifti")), _typed(header.get("model"), str, "text")
+    if not nifti or not fingerprint or not set(fingerprint) <= set(string.hexdigits):
+        raise DataError("has a damaged header (its nifti or model is missing)")
     levels, sizes = [], []
     for entry, level in zip(entries, shapes, strict=True):
         num_codes = _natural(entry.get("codes"), entropy.MAX_CODES)
@@ -177,8 +181,8 @@ def _parse(header: dict[str, Any], body: memoryview, size: int) -> CodeFile:
         shape=shape,
         ranges=np.broadcast_to(ranges, (shape[0], 2)),
         slice_axis=slice_axis,
-        nifti=_from_text(header.get("nifti")),
-        fingerprint=_typed(header.get("model"), str, "text"),
+        nifti=nifti,
+        fingerprint=fingerprint,
     )
 
 
