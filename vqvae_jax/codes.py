@@ -20,9 +20,11 @@ from vqvae_jax.errors import DataError
 MAGIC = b"\x93VQZ\r\n\x1a\n"
 """As PNG's: the first byte and the line ends show a file that was transferred as text."""
 VERSION = 1
-MAX_CODES_PER_BYTE = 64
 MAX_VOXELS_PER_BYTE = 1032
-"""A file is padded to these, so that its size bounds what its reader does; 1032 is what deflate can reach too."""
+"""A file is padded to this, so that its size bounds what its reader allocates; deflate reaches as much."""
+MAX_WORK_PER_BYTE = 1 << 18
+WORK_PER_CODE = 1 << 12
+"""A file is padded to one byte for this much work, WORK_PER_CODE + K a code: so its size bounds the time, too."""
 MAX_LEVELS = 2
 
 _PREFIX = struct.Struct("<8sHI")  # magic, version, bytes of deflated header
@@ -78,7 +80,8 @@ def to_bytes(file: CodeFile) -> bytes:
         raise DataError(f"has a header of {len(text)} bytes, more than the {_MAX_HEADER} a .vqz file may have")
     deflated = zlib.compress(text, 9)
     content = b"".join([_PREFIX.pack(MAGIC, VERSION, len(deflated)), deflated, *parts])
-    content += bytes(max(0, _least_size(file.shape, [codes.shape for codes in file.levels]) - len(content) - 4))
+    least = _least_size(file.shape, [(level.shape, k) for level, k in zip(file.levels, file.num_codes, strict=True)])
+    content += bytes(max(0, least - len(content) - _CHECKSUM.size))
     return content + _CHECKSUM.pack(zlib.crc32(content))
 
 
@@ -127,10 +130,10 @@ def load(path: Path) -> CodeFile:
         raise DataError(f"{path}: {error}") from error
 
 
-def _least_size(shape: tuple[int, ...], levels: list[tuple[int, ...]]) -> int:
-    """Bytes that a file with so many voxels and codes has at least."""
-    codes = sum(math.prod(level) for level in levels)
-    return max(-(-codes // MAX_CODES_PER_BYTE), -(-math.prod(shape) // MAX_VOXELS_PER_BYTE))
+def _least_size(shape: tuple[int, ...], levels: list[tuple[tuple[int, ...], int]]) -> int:
+    """Bytes that a file with so many voxels, and levels of such shapes and K, has at least."""
+    work = sum(math.prod(level) * (WORK_PER_CODE + num_codes) for level, num_codes in levels)
+    return max(-(-work // MAX_WORK_PER_BYTE), -(-math.prod(shape) // MAX_VOXELS_PER_BYTE))
 
 
 def _inflate(deflated: memoryview) -> dict[str, Any]:
@@ -149,9 +152,10 @@ def _parse(header: dict[str, Any], body: memoryview, size: int) -> CodeFile:
     shape = _shape(header.get("shape"))
     entries = [_typed(entry, dict, "object") for entry in _typed(header.get("levels"), list, "list of levels")]
     shapes = [_shape(entry.get("shape")) for entry in entries]
+    sizes = [_natural(entry.get("codes"), entropy.MAX_CODES, 2) for entry in entries]
     if not 1 <= len(entries) <= MAX_LEVELS or any(level[0] != shape[0] for level in shapes):
         raise DataError(f"has a damaged header (levels of shapes {shapes[:MAX_LEVELS]} for slices {shape})")
-    if size < _least_size(shape, shapes):
+    if size < _least_size(shape, list(zip(shapes, sizes, strict=True))):
         raise DataError(f"has a damaged header (it announces more than {size} bytes can hold)")
     slice_axis = _natural(header.get("slice_axis"), 2)
     ranges = np.frombuffer(_from_text(header.get("ranges")), np.uint8)
@@ -163,15 +167,11 @@ def _parse(header: dict[str, Any], body: memoryview, size: int) -> CodeFile:
     nifti, fingerprint = _from_text(header.get("nifti")), _typed(header.get("model"), str, "text")
     if not nifti or not fingerprint or not set(fingerprint) <= set(string.hexdigits):
         raise DataError("has a damaged header (its nifti or model is missing)")
-    levels, sizes = [], []
-    for entry, level in zip(entries, shapes, strict=True):
-        num_codes = _natural(entry.get("codes"), entropy.MAX_CODES)
-        if num_codes < 2:
-            raise DataError(f"has a damaged header ({num_codes} kinds of codes)")
+    levels = []
+    for entry, level, num_codes in zip(entries, shapes, sizes, strict=True):
         classes = entropy.classes_from_text(_typed(entry.get("classes"), str, "text"), num_codes)
         length = _natural(entry.get("bytes"), len(body))
         levels.append(entropy.decode(bytes(body[:length]), level, classes))
-        sizes.append(num_codes)
         body = body[length:]
     if any(body):
         raise DataError("holds bytes beyond its codes")
@@ -192,9 +192,9 @@ def _typed(value: Any, kind: type, name: str) -> Any:
     return value
 
 
-def _natural(value: Any, largest: int) -> int:
-    if not 0 <= _typed(value, int, "whole number") <= largest:
-        raise DataError(f"has a damaged header ({str(value)[:40]} is not in 0 to {largest})")
+def _natural(value: Any, largest: int, least: int = 0) -> int:
+    if not least <= _typed(value, int, "whole number") <= largest:
+        raise DataError(f"has a damaged header ({str(value)[:40]} is not in {least} to {largest})")
     return value
 
 
