@@ -5,7 +5,6 @@ import binascii
 import dataclasses
 import json
 import math
-import os
 import string
 import struct
 import zlib
@@ -14,14 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from vqvae_jax import entropy
+from vqvae_jax import entropy, files
+from vqvae_jax.data.nifti import MAX_DEFLATE_RATIO, MAX_INTENSITY
 from vqvae_jax.errors import DataError
+from vqvae_jax.inference import Codes, NiftiCodes
 
 MAGIC = b"\x93VQZ\r\n\x1a\n"
 """As PNG's: the first byte and the line ends show a file that was transferred as text."""
 VERSION = 1
-MAX_VOXELS_PER_BYTE = 1032
-"""A file is padded to this, so that its size bounds what its reader allocates; deflate reaches as much."""
+MAX_VOXELS_PER_BYTE = MAX_DEFLATE_RATIO
+"""A file is padded to this, so that its size bounds what its reader allocates, as a NIfTI file's does."""
 MAX_WORK_PER_BYTE = 1 << 18
 WORK_PER_CODE = 1 << 12
 """A file is padded to one byte for this much work, WORK_PER_CODE + K a code: so its size bounds the time, too."""
@@ -33,54 +34,47 @@ _MAX_HEADER = 1 << 18
 _ADVICE = "copy it again, or encode the image again"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class CodeFile:
     """What a .vqz file holds.
 
     Attributes:
-      levels: codes int32 [N, h, w] of each level, the finest first; slice n of the volume is codes [n].
+      codes: of the NIfTI file.
       num_codes: K of each level.
-      shape: [N, H, W] of the slices in voxels.
-      ranges: float32 [N, 2], the intensities that are 0 and 1.
-      slice_axis: the volume's axis that the slices were cut along.
-      nifti: the NIfTI header to write, 348 or 540 bytes.
       fingerprint: of the model, hexadecimal.
     """
 
-    levels: tuple[np.ndarray, ...]
+    codes: NiftiCodes
     num_codes: tuple[int, ...]
-    shape: tuple[int, int, int]
-    ranges: np.ndarray
-    slice_axis: int
-    nifti: bytes
     fingerprint: str
 
 
 def to_bytes(file: CodeFile) -> bytes:
-    """The .vqz file, always the same for the same content. Raises DataError if it cannot be written so."""
-    parts, levels = [], []
-    for codes, num_codes in zip(file.levels, file.num_codes, strict=True):
-        payload, classes = entropy.encode(codes, num_codes)
-        parts.append(payload)
+    """The .vqz file. Raises DataError if its header is too long (some ten thousand slices, each with its own range)."""
+    codes, payloads, levels = file.codes.codes, [], []
+    for level, num_codes in zip(codes.levels, file.num_codes, strict=True):
+        payload, classes = entropy.encode(level, num_codes)
+        payloads.append(payload)
         text = entropy.classes_to_text(classes)
-        levels.append({"shape": codes.shape, "codes": num_codes, "bytes": len(payload), "classes": text})
-    ranges = np.asarray(file.ranges, "<f4")
+        levels.append({"shape": level.shape, "codes": num_codes, "bytes": len(payload), "classes": text})
+    ranges = np.asarray(codes.ranges, "<f4")
     if (ranges == ranges[0]).all():
         ranges = ranges[:1]
+    nifti = zlib.compress(file.codes.header, 9)
     header = {
-        "shape": file.shape,
-        "slice_axis": file.slice_axis,
-        "ranges": _to_text(ranges.tobytes()),
+        "shape": codes.shape,
+        "slice_axis": file.codes.slice_axis,
+        "ranges": base64.b64encode(ranges.tobytes()).decode(),
         "levels": levels,
         "model": file.fingerprint,
-        "nifti": _to_text(file.nifti),
+        "nifti": len(nifti),
     }
     text = json.dumps(header, separators=(",", ":")).encode()
     if len(text) > _MAX_HEADER:
-        raise DataError(f"has a header of {len(text)} bytes, more than the {_MAX_HEADER} a .vqz file may have")
+        raise DataError(f"needs a header of {len(text)} bytes, more than the {_MAX_HEADER} that a .vqz file may have")
     deflated = zlib.compress(text, 9)
-    content = b"".join([_PREFIX.pack(MAGIC, VERSION, len(deflated)), deflated, *parts])
-    least = _least_size(file.shape, [(level.shape, k) for level, k in zip(file.levels, file.num_codes, strict=True)])
+    content = b"".join([_PREFIX.pack(MAGIC, VERSION, len(deflated)), deflated, nifti, *payloads])
+    least = _least_size(codes.shape, [(level.shape, k) for level, k in zip(codes.levels, file.num_codes, strict=True)])
     content += bytes(max(0, least - len(content) - _CHECKSUM.size))
     return content + _CHECKSUM.pack(zlib.crc32(content))
 
@@ -102,21 +96,21 @@ def from_bytes(content: bytes) -> CodeFile:
     if zlib.crc32(body) != _CHECKSUM.unpack(content[-_CHECKSUM.size :])[0]:
         raise DataError(f"is truncated or altered (its checksum does not match); {_ADVICE}")
     try:
-        header = _inflate(body[_PREFIX.size :][:length])
+        header = _read_header(_inflate(body[_PREFIX.size :][:length], _MAX_HEADER))
         return _parse(header, body[_PREFIX.size + length :], len(content))
     except DataError as error:
         raise DataError(f"{error}; {_ADVICE}") from error
 
 
 def save(path: Path, file: CodeFile) -> int:
-    """Writes a .vqz file whole or not at all, and returns its size in bytes."""
-    content = to_bytes(file)
-    partial = path.with_name(f".{path.name}.partial")
+    """Writes a .vqz file whole or not at all, and returns its size in bytes. Raises DataError if it cannot."""
     try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        content = to_bytes(file)
+        files.write_whole(path, content)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
     return len(content)
 
 
@@ -136,15 +130,22 @@ def _least_size(shape: tuple[int, ...], levels: list[tuple[tuple[int, ...], int]
     return max(-(-work // MAX_WORK_PER_BYTE), -(-math.prod(shape) // MAX_VOXELS_PER_BYTE))
 
 
-def _inflate(deflated: memoryview) -> dict[str, Any]:
+def _inflate(deflated: memoryview, most: int) -> bytes:
     inflater = zlib.decompressobj()
     try:
-        text = inflater.decompress(deflated, _MAX_HEADER + 1)
-        if len(text) > _MAX_HEADER or not inflater.eof or inflater.unused_data:
-            raise DataError("has a damaged header (its length is wrong)")
-        header = json.loads(text)
-    except (zlib.error, ValueError, RecursionError) as error:
-        raise DataError("has a damaged header (it is not deflated JSON)") from error
+        content = inflater.decompress(deflated, most + 1)
+    except zlib.error as error:
+        raise DataError(f"has a damaged header ({error})") from error
+    if len(content) > most or not inflater.eof or inflater.unused_data:
+        raise DataError("has a damaged header (its length is wrong)")
+    return content
+
+
+def _read_header(content: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError("has a damaged header (it is not JSON)") from error
     return _typed(header, dict, "object")
 
 
@@ -157,16 +158,14 @@ def _parse(header: dict[str, Any], body: memoryview, size: int) -> CodeFile:
         raise DataError(f"has a damaged header (levels of shapes {shapes[:MAX_LEVELS]} for slices {shape})")
     if size < _least_size(shape, list(zip(shapes, sizes, strict=True))):
         raise DataError(f"has a damaged header (it announces more than {size} bytes can hold)")
-    slice_axis = _natural(header.get("slice_axis"), 2)
-    ranges = np.frombuffer(_from_text(header.get("ranges")), np.uint8)
-    if ranges.size not in (8, 8 * shape[0]):
-        raise DataError(f"has a damaged header ({ranges.size} bytes of ranges for {shape[0]} slices)")
-    ranges = ranges.view("<f4").astype(np.float32).reshape(-1, 2)
-    if not np.isfinite(ranges).all() or (ranges[:, 0] > ranges[:, 1]).any():
-        raise DataError("has a damaged header (its ranges are not intensities)")
-    nifti, fingerprint = _from_text(header.get("nifti")), _typed(header.get("model"), str, "text")
-    if not nifti or not fingerprint or not set(fingerprint) <= set(string.hexdigits):
-        raise DataError("has a damaged header (its nifti or model is missing)")
+    ranges = _ranges(header.get("ranges"), shape[0])
+    slice_axis = header.get("slice_axis")
+    slice_axis = None if slice_axis is None else _natural(slice_axis, 2)
+    fingerprint = _typed(header.get("model"), str, "text")
+    if not fingerprint or not set(fingerprint) <= set(string.hexdigits):
+        raise DataError("has a damaged header (its model is not hexadecimal)")
+    length = _natural(header.get("nifti"), len(body))
+    nifti, body = _inflate(body[:length], length * MAX_DEFLATE_RATIO), body[length:]
     levels = []
     for entry, level, num_codes in zip(entries, shapes, sizes, strict=True):
         classes = entropy.classes_from_text(_typed(entry.get("classes"), str, "text"), num_codes)
@@ -175,15 +174,20 @@ def _parse(header: dict[str, Any], body: memoryview, size: int) -> CodeFile:
         body = body[length:]
     if any(body):
         raise DataError("holds bytes beyond its codes")
-    return CodeFile(
-        levels=tuple(levels),
-        num_codes=tuple(sizes),
-        shape=shape,
-        ranges=np.broadcast_to(ranges, (shape[0], 2)),
-        slice_axis=slice_axis,
-        nifti=nifti,
-        fingerprint=fingerprint,
-    )
+    return CodeFile(NiftiCodes(Codes(tuple(levels), shape, ranges), nifti, slice_axis), tuple(sizes), fingerprint)
+
+
+def _ranges(text: Any, slices: int) -> np.ndarray:
+    try:
+        content = base64.b64decode(_typed(text, str, "text"), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError("has a damaged header (its ranges are not base64)") from error
+    if len(content) not in (8, 8 * slices):
+        raise DataError(f"has a damaged header ({len(content)} bytes of ranges for {slices} slices)")
+    ranges = np.frombuffer(content, "<f4").astype(np.float32).reshape(-1, 2)
+    if not (np.abs(ranges) <= MAX_INTENSITY).all() or (ranges[:, 0] > ranges[:, 1]).any():
+        raise DataError("has a damaged header (its ranges are not intensities)")
+    return np.broadcast_to(ranges, (slices, 2))
 
 
 def _typed(value: Any, kind: type, name: str) -> Any:
@@ -204,13 +208,3 @@ def _shape(value: Any) -> tuple[int, int, int]:
         raise DataError(f"has a damaged header (expected a shape of three sides, found {str(value)[:40]})")
     return tuple(sides)
 
-
-def _to_text(content: bytes) -> str:
-    return base64.b64encode(content).decode()
-
-
-def _from_text(text: Any) -> bytes:
-    try:
-        return base64.b64decode(_typed(text, str, "text"), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise DataError("has a damaged header (it is not base64)") from error
