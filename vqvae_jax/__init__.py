@@ -9,10 +9,11 @@ _PUBLIC = {
     "VQVAE": "vqvae_jax.models.vqvae",
     "VQVAEError": "vqvae_jax.errors",
     "evaluate_run": "vqvae_jax.evaluation",
+    "load": "vqvae_jax.inference",
     "train_and_evaluate": "vqvae_jax.trainer",
 }
 
-__all__ = ["PRESETS", "VQVAE", "Config", "VQVAEError", "evaluate_run", "train_and_evaluate"]
+__all__ = ["PRESETS", "VQVAE", "Config", "VQVAEError", "evaluate_run", "load", "train_and_evaluate"]
 
 
 def __getattr__(name: str) -> Any:

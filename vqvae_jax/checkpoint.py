@@ -17,8 +17,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from vqvae_jax import workdir
+from vqvae_jax.config import Config
 from vqvae_jax.errors import CheckpointError
-from vqvae_jax.training import TrainState
+from vqvae_jax.training import TrainState, create_train_state
 
 BEST_METRIC = "ssim"
 CHECKSUMS = "crc32.json"
@@ -172,6 +173,16 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise many kinds
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise CheckpointError(f"{self.folder}: checkpoint could not be {done} ({reason}){way_on}") from error
+
+
+def restore_evaluated(run: Path, config: Config, which: Which = "best") -> Any:
+    """The variables of a finished run's model, as they are evaluated. Raises CheckpointError if they cannot be read."""
+    shapes = jax.eval_shape(lambda: create_train_state(config, 1).evaluated)
+    checkpoints = Checkpoints(run, read_only=True)
+    try:
+        return checkpoints.restore_variables(shapes, which)[0]
+    finally:
+        checkpoints.close()
 
 
 def _check_files(folder: Path, items: set[str]) -> None:

@@ -259,11 +259,7 @@ def evaluate_run(
     config = workdir.load_config(run)
     if data is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, data=data))
-    checkpoints = checkpoint.Checkpoints(run, read_only=True)
-    shapes = jax.eval_shape(lambda: training.create_train_state(config, 1).variables)
-    variables, _ = checkpoints.restore_variables(shapes, which)
-    checkpoints.close()
-    variables = training.replicate(variables)
+    variables = training.replicate(checkpoint.restore_evaluated(run, config, which))
     with distributed.first_alone():
         builder = hip_mri.prepare(config.data, config.model.image_size, log)
     slices = loader.Slices(builder.as_data_source(split=split), config.data, config.model.image_size)

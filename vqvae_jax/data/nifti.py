@@ -26,10 +26,14 @@ _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # Rec. 601
 
 @dataclasses.dataclass(frozen=True)
 class Volume:
-    """Voxels of one file: float32 [X, Y] or [X, Y, Z], intensities as acquired, and where they lie (mm)."""
+    """Voxels of one file: float32 [X, Y] or [X, Y, Z], intensities as acquired, and where they lie (mm).
+
+    ``header`` is all that precedes the voxels in the file, as it is there: header and extensions.
+    """
 
     voxels: np.ndarray
     affine: np.ndarray
+    header: bytes = b""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +76,7 @@ def _read_bounded(stream: BinaryIO, size: int) -> bytes:
         compressed = buffered.peek(2)[:2] == b"\x1f\x8b"
         reader = gzip.GzipFile(fileobj=buffered) if compressed else buffered
         head = reader.read(540)
-        expected = _bytes_needed(head)
+        expected = sum(layout(head))
         if expected > size * (MAX_DEFLATE_RATIO if compressed else 1):
             raise DataError(
                 f"is truncated: its header announces {expected} bytes, more than {size} bytes on disk can hold"
@@ -95,7 +99,8 @@ def _read_bounded(stream: BinaryIO, size: int) -> bytes:
     return b"".join(parts)
 
 
-def _image_class(head: bytes) -> type:
+def image_class(head: bytes) -> type:
+    """nibabel's class for a file that begins with these bytes. Raises DataError where it is not NIfTI."""
     first = head[:4]
     for cls, length in ((nibabel.Nifti1Image, 348), (nibabel.Nifti2Image, 540)):
         if first in (length.to_bytes(4, "little"), length.to_bytes(4, "big")) and len(head) >= length:
@@ -103,9 +108,13 @@ def _image_class(head: bytes) -> type:
     raise DataError("is not a NIfTI file")
 
 
-def _bytes_needed(head: bytes) -> int:
-    """File length that follows from the first 540 bytes."""
-    cls = _image_class(head)
+def layout(head: bytes) -> tuple[int, int]:
+    """Bytes before the voxels, and bytes of the voxels, that follow from a file's first 540 bytes.
+
+    Raises:
+      DataError: they are no NIfTI header, or a damaged one.
+    """
+    cls = image_class(head)
     try:
         header = cls.header_class(head[: cls.header_class.template_dtype.itemsize], check=False)
         shape = [int(side) for side in header.get_data_shape()]
@@ -117,13 +126,12 @@ def _bytes_needed(head: bytes) -> int:
         raise DataError(f"has no voxels: its shape is {tuple(shape)}")
     if not 0 <= offset < 2**40:
         raise DataError(f"has a damaged header (vox_offset is {offset})")
-    start = int(offset) or header.single_vox_offset
-    return start + math.prod(shape) * itemsize
+    return int(offset) or header.single_vox_offset, math.prod(shape) * itemsize
 
 
 def _parse(content: bytes) -> Volume:
     try:
-        image = _image_class(content).from_bytes(content)
+        image = image_class(content).from_bytes(content)
         shape = image.shape
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
@@ -141,7 +149,7 @@ def _parse(content: bytes) -> Volume:
         raise DataError(f"holds {bad} voxels that are NaN, infinite or beyond {MAX_INTENSITY:g}, of {voxels.size}")
     if not np.isfinite(affine).all():
         raise DataError("has a damaged header (its affine is not finite)")
-    return Volume(voxels, affine)
+    return Volume(voxels, affine, content[: layout(content)[0]])
 
 
 def _to_float(image: nibabel.Nifti1Image) -> np.ndarray:

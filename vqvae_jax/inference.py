@@ -1,0 +1,409 @@
+"""Use a trained model: images and NIfTI files to codes and back, each on its own grid and scale of intensities."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from vqvae_jax import checkpoint, metrics, workdir
+from vqvae_jax.config import Config
+from vqvae_jax.data import nifti, nifti_write
+from vqvae_jax.errors import DataError
+from vqvae_jax.models.vqvae import VQVAE
+
+CPU_PIXELS_AT_ONCE = 2**15
+"""A slice of 256 x 128: a CPU gains nothing from more, and one small slice costs no more than that."""
+DEVICE_PIXELS_AT_ONCE = 2**20
+NEARLY_ISOTROPIC = 1.05
+"""Voxel spacings closer than this factor do not tell which axis was acquired slice by slice."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Codes:
+    """All that is kept of N images.
+
+    Attributes:
+      levels: indices int32 [N, h_i, w_i] of each level of codes, the finest first.
+      shape: of the array that was encoded: [H, W], [N, H, W] or [N, H, W, 1].
+      ranges: float32 [N, 2], the intensities of each image that became 0 and 1.
+    """
+
+    levels: tuple[np.ndarray, ...]
+    shape: tuple[int, ...]
+    ranges: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NiftiCodes:
+    """All that is kept of a NIfTI file.
+
+    Attributes:
+      codes: of its slices, shape [N, H, W].
+      header: all that precedes the voxels in the file, byte for byte.
+      slice_axis: the axis of the voxels along which they were cut into slices; None for a file that is one slice.
+      axis_reason: why that axis, for people.
+    """
+
+    codes: Codes
+    header: bytes
+    slice_axis: int | None
+    axis_reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NiftiResult:
+    """How well a file was reconstructed: SSIM and PSNR (dB) of each slice, in [0, 1] scale as evaluation takes them.
+
+    ``difference`` is float32 of the file's shape: reconstruction less original, in the file's intensities, before
+    the rounding to its number type. ``slice_axis`` and ``axis_reason`` are those of ``NiftiCodes``.
+    """
+
+    ssim_per_slice: np.ndarray
+    psnr_per_slice: np.ndarray
+    slice_axis: int | None
+    axis_reason: str
+    difference: np.ndarray
+
+    @property
+    def ssim(self) -> float:
+        """Mean over the slices."""
+        return float(np.mean(self.ssim_per_slice))
+
+    @property
+    def psnr(self) -> float:
+        """Mean over the slices, dB; inf if one is exact."""
+        return float(np.mean(self.psnr_per_slice))
+
+
+def load(run: str | Path, which: checkpoint.Which = "best") -> "Run":
+    """A trained model, ready to use.
+
+    Args:
+      run: a folder that scripts/train.py wrote.
+      which: the best checkpoint by validation SSIM, or the newest.
+
+    Raises:
+      CheckpointError, ConfigError: there is no run, or it cannot be read.
+
+    Example:
+      >>> import vqvae_jax
+      >>> run = vqvae_jax.load("runs/demo")
+      >>> run.reconstruct(np.zeros((40, 24))).shape
+      (40, 24)
+    """
+    run = Path(run)
+    config = workdir.load_config(run)
+    return Run(config, checkpoint.restore_evaluated(run, config, which))
+
+
+class Run:
+    """A trained model for images of any size and any scale of intensities; ``load`` makes one from a run's folder.
+
+    Each image is scaled to [0, 1] between two percentiles of its intensities (``config.data.scale_percentiles``)
+    and put on a grid: padded about its centre with 0, as in training, to the run's ``image_size`` or, where the image
+    is larger, to the next multiple of what the model needs; nothing is cut off. A run trained with ``fit`` "resize"
+    resizes instead. All of it is undone on the way back.
+
+    The model's time grows with the square of an image's pixels where it has attention, its memory with the pixels.
+    Images go through it a fixed number at a time, so it is compiled once for each grid. May be shared by threads.
+
+    Args:
+      config: the run's configuration.
+      variables: its model's variables.
+
+    Example:
+      >>> image = np.random.default_rng(0).integers(0, 4096, (3, 40, 20))
+      >>> codes = run.encode(image)
+      >>> codes.levels[0].shape, codes.ranges.shape
+      ((3, 10, 5), (3, 2))
+      >>> bool((run.decode(codes) == run.reconstruct(image)).all())
+      True
+    """
+
+    def __init__(self, config: Config, variables: Any):
+        self.config = config
+        self._variables = jax.device_put(variables, jax.local_devices()[0])
+        model = VQVAE(config.model)
+        self._to_codes = jax.jit(functools.partial(model.apply, method="to_codes"))
+        self._from_codes = jax.jit(functools.partial(model.apply, method="from_codes"))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 in hexadecimal of what decoding depends on: the model's configuration and its variables.
+
+        The same wherever the same model is loaded.
+        """
+        settings = dataclasses.asdict(self.config.model) | {"fit": self.config.data.fit}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        leaves = jax.tree.leaves_with_path(jax.device_get(self._variables))
+        for path, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
+            digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
+            digest.update(leaf.astype(leaf.dtype.newbyteorder("<")).tobytes())
+        return digest.hexdigest()
+
+    def reconstruct(
+        self, x: np.ndarray, *, intensity_range: tuple[float, float] | None = None, progress: bool = False
+    ) -> np.ndarray:
+        """What the model makes of images: ``decode(encode(x))``, bit for bit.
+
+        Args:
+          x: [H, W], [N, H, W] or [N, H, W, 1] of any real type.
+          intensity_range: the intensities that become 0 and 1; by default percentiles of each image.
+          progress: show a progress bar where it takes long.
+
+        Returns:
+          float32 of the shape and in the intensities of ``x``. An image of one value comes back as it is.
+
+        Raises:
+          DataError: ``x`` has another shape or type, is empty, or holds numbers that are not finite in float32.
+        """
+        codes = self.encode(x, intensity_range=intensity_range, progress=progress)
+        return self.decode(codes, progress=progress)
+
+    def encode(
+        self, x: np.ndarray, *, intensity_range: tuple[float, float] | None = None, progress: bool = False
+    ) -> Codes:
+        """Codes of images. Arguments and errors as for ``reconstruct``."""
+        images = _checked(x)
+        if intensity_range is None:
+            limits = [nifti.intensity_range(image, self.config.data.scale_percentiles) for image in images]
+        else:
+            limits = [_checked_range(intensity_range)] * len(images)
+        return Codes(self._levels(images, limits, progress), tuple(np.shape(x)), np.array(limits, np.float32))
+
+    def decode(self, codes: Codes, *, progress: bool = False) -> np.ndarray:
+        """Images of codes: float32 of the shape and in the intensities that were encoded.
+
+        Raises:
+          DataError: the codes cannot be this model's.
+        """
+        count, height, width = self._checked_codes(codes)
+        grid = self._grid((height, width))
+        size = _images_at_once(grid)
+        batch = tuple(np.zeros((size, *level.shape[1:]), np.int32) for level in codes.levels)
+        images = np.empty((count, height, width), np.float32)
+        for chosen in _batches(count, size, "Decoding", progress):
+            for filled, level in zip(batch, codes.levels, strict=True):
+                filled[: len(chosen)] = level[chosen.start : chosen.stop]
+            decoded = np.asarray(self._from_codes(self._variables, batch))[..., 0]
+            for row, index in enumerate(chosen):
+                own = nifti.unfit(decoded[row], (height, width), self.config.data.fit)
+                images[index] = nifti.unscale(own, *map(float, codes.ranges[index]))
+        return images.reshape(codes.shape)
+
+    def encode_nifti(self, path: str | Path, *, slice_axis: int | None = None, progress: bool = False) -> NiftiCodes:
+        """Codes of a NIfTI file's slices, scaled by percentiles of the whole file as in training.
+
+        Args:
+          path: a ``.nii`` or ``.nii.gz`` file.
+          slice_axis: axis of the slices of a volume. By default what the header's ``dim_info`` names, else the axis
+            whose voxel spacing stands out, else the one the run was trained on.
+          progress: show a progress bar where it takes long.
+
+        Raises:
+          DataError: the file cannot be read, or its voxels are RGB or complex.
+        """
+        return self._encode_nifti(Path(path), slice_axis, progress)[0]
+
+    def decode_nifti(
+        self, codes: NiftiCodes, path_out: str | Path, *, overwrite: bool = False, progress: bool = False
+    ) -> None:
+        """Writes the file that ``codes`` are of, with its header as it was and the model's intensities.
+
+        Args:
+          codes: from ``encode_nifti``.
+          path_out: a name that ends in ``.nii`` or ``.nii.gz``; written whole or not at all.
+          overwrite: replace a file that is there.
+          progress: show a progress bar where it takes long.
+
+        Raises:
+          DataError: the codes cannot be this model's, or the file cannot be written.
+        """
+        path_out = Path(path_out)
+        nifti_write.check_target(path_out, overwrite=overwrite)
+        voxels = _stacked(self.decode(codes.codes, progress=progress), codes)
+        nifti_write.write(path_out, voxels, codes.header, overwrite=overwrite)
+
+    def reconstruct_nifti(
+        self,
+        path_in: str | Path,
+        path_out: str | Path,
+        *,
+        slice_axis: int | None = None,
+        overwrite: bool = False,
+        progress: bool = False,
+    ) -> NiftiResult:
+        """Writes what the model makes of a NIfTI file; arguments and errors as for encode_nifti and decode_nifti.
+
+        The output has the file's header byte for byte (shape, affine, units, number type, scaling), its integers
+        rounded.
+        """
+        path_in, path_out = Path(path_in), Path(path_out)
+        nifti_write.check_target(path_out, overwrite=overwrite)
+        if path_out.exists() and path_in.exists() and os.path.samefile(path_in, path_out):
+            raise DataError(f"{path_out}: is the input itself; choose another name for the output")
+        codes, originals = self._encode_nifti(path_in, slice_axis, progress)
+        images = self.decode(codes.codes, progress=progress)
+        ssim, psnr = _similarities(images, originals, codes.codes.ranges)
+        nifti_write.write(path_out, _stacked(images, codes), codes.header, overwrite=overwrite)
+        difference = _stacked(images - originals, codes)
+        return NiftiResult(ssim, psnr, codes.slice_axis, codes.axis_reason, difference)
+
+    def _encode_nifti(self, path: Path, slice_axis: int | None, progress: bool) -> tuple[NiftiCodes, np.ndarray]:
+        """The file's codes, and its slices [N, H, W]."""
+        try:
+            volume = nifti.read(path)
+            nifti_write.check_writable(volume.header)
+            axis, reason = choose_slice_axis(volume, slice_axis, self.config.data.slice_axis)
+            images = np.stack([piece.pixels for piece in nifti.slices(volume, -1 if axis is None else axis)])
+        except DataError as error:
+            raise DataError(f"{path} {error}") from error
+        limits = nifti.intensity_range(volume.voxels, self.config.data.scale_percentiles)
+        limits = [limits] * len(images)
+        codes = Codes(self._levels(images, limits, progress), images.shape, np.array(limits, np.float32))
+        return NiftiCodes(codes, volume.header, axis, reason), images
+
+    def _levels(self, images: np.ndarray, limits: list[tuple[float, float]], progress: bool) -> tuple[np.ndarray, ...]:
+        """Codes of images [N, H, W], by level."""
+        grid = self._grid(images.shape[1:])
+        batch = np.zeros((_images_at_once(grid), *grid, 1), np.float32)
+        parts = []
+        for chosen in _batches(len(images), len(batch), "Encoding", progress):
+            for row, index in enumerate(chosen):
+                scaled = nifti.scale(images[index], *limits[index])
+                batch[row, ..., 0] = nifti.fit(scaled, grid, self.config.data.fit)
+            parts.append([np.asarray(level)[: len(chosen)] for level in self._to_codes(self._variables, batch)])
+        return tuple(np.concatenate(level).astype(np.int32) for level in zip(*parts, strict=True))
+
+    def _grid(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """What the model is given for images of this shape."""
+        size = self.config.model.image_size
+        if self.config.data.fit == "resize":
+            return size
+        multiple = size[0] // self._codes_of(size)[-1][0]
+        return tuple(max(least, -(-side // multiple) * multiple) for side, least in zip(shape, size, strict=True))
+
+    def _codes_of(self, grid: tuple[int, int]) -> list[tuple[int, int]]:
+        """Height and width of the codes of each level."""
+        levels = jax.eval_shape(self._to_codes, self._variables, jax.ShapeDtypeStruct((1, *grid, 1), np.float32))
+        return [level.shape[1:] for level in levels]
+
+    def _checked_codes(self, codes: Codes) -> tuple[int, int, int]:
+        """Number, height and width of the images that were encoded. Raises DataError where they cannot be ours."""
+        count, height, width = _three(codes.shape)
+        if codes.ranges.shape != (count, 2) or not (np.abs(codes.ranges) <= nifti.MAX_INTENSITY).all():
+            raise DataError(
+                f"ranges of shape {codes.ranges.shape} are not two finite numbers for each of {count} images"
+            )
+        found = [tuple(level.shape) for level in codes.levels]
+        expected = [(count, *side) for side in self._codes_of(self._grid((height, width)))]
+        if found != expected:
+            raise DataError(f"codes of shape {found} where this model has {expected} for {count} x {height} x {width}")
+        most = self.config.model.num_codes
+        if any(level.min() < 0 or level.max() >= most for level in codes.levels):
+            raise DataError(f"codes beyond this model's {most}; use the model that encoded them")
+        return count, height, width
+
+
+def choose_slice_axis(volume: nifti.Volume, asked: int | None, fallback: int) -> tuple[int | None, str]:
+    """The axis along which a file is cut into slices (None for a file that is one slice), and why, for people.
+
+    In this order: an axis of length 1; the axis asked for; the header's ``dim_info``; the axis whose voxel spacing
+    stands out, since slices are sampled alike along their two axes; ``fallback``.
+
+    Raises:
+      DataError: the file has no axis as asked for. The message gives the reason alone.
+    """
+    shape = volume.voxels.shape
+    if len(shape) == 2:
+        return None, "one slice"
+    if 1 in shape:
+        return shape.index(1), "its length is 1"
+    if asked is not None:
+        if asked not in range(-3, 3):
+            raise DataError(f"has no axis {asked} (--slice-axis); choose 0, 1 or 2")
+        return asked % 3, "as asked"
+    named = nifti_write.slice_axis(volume.header)
+    if named is not None:
+        return named, "by the header's dim_info"
+    spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
+    least, middle, greatest = np.argsort(spacing, kind="stable")
+    if spacing[least] > 0 and spacing[greatest] >= NEARLY_ISOTROPIC * spacing[least]:
+        below, above = spacing[middle] / spacing[least], spacing[greatest] / spacing[middle]
+        axis = greatest if above >= below else least
+        others = " and ".join(f"{spacing[other]:.3g}" for other in range(3) if other != axis)
+        return int(axis), f"its voxels are {spacing[axis]:.3g} mm apart, the others {others} mm"
+    return fallback % 3, "as in training: the voxels are as far apart along all axes"
+
+
+def _stacked(images: np.ndarray, codes: NiftiCodes) -> np.ndarray:
+    """Slices [N, H, W] as the voxels of their file."""
+    voxels = images[0] if codes.slice_axis is None else np.stack(images, axis=codes.slice_axis)
+    return voxels.reshape(nifti_write.stored_shape(codes.header))
+
+
+def _similarities(images: np.ndarray, originals: np.ndarray, ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """SSIM and PSNR of each slice in [0, 1] scale."""
+    found = []
+    for image, original, (low, high) in zip(images, originals, ranges.astype(float), strict=True):
+        pair = nifti.scale(image, low, high)[None], nifti.scale(original, low, high)[None]
+        found.append((float(metrics.ssim(*pair)[0]), float(metrics.psnr(*pair)[0])))
+    return tuple(np.array(found).T)
+
+
+def _images_at_once(grid: tuple[int, int]) -> int:
+    """So many that memory is bounded by pixels; it depends on the grid alone, so that one program serves any count."""
+    pixels = CPU_PIXELS_AT_ONCE if jax.default_backend() == "cpu" else DEVICE_PIXELS_AT_ONCE
+    return max(1, pixels // math.prod(grid))
+
+
+def _batches(count: int, size: int, label: str, progress: bool) -> Iterator[range]:
+    """Ranges of at most ``size`` that cover ``count`` images; the bar shows after a second, on a terminal."""
+    with tqdm.tqdm(
+        total=count, desc=label, unit="image", leave=False, delay=1, disable=None if progress else True
+    ) as bar:
+        for start in range(0, count, size):
+            yield range(start, min(count, start + size))
+            bar.update(min(size, count - start))
+
+
+def _three(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """N, H, W of an array of images. Raises DataError where it is none."""
+    if len(shape) == 2:
+        shape = (1, *shape)
+    elif len(shape) == 4 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3 or 0 in shape:
+        raise DataError(f"images of shape {tuple(shape)}; expected [H, W], [N, H, W] or [N, H, W, 1], none of them 0")
+    return tuple(map(int, shape))
+
+
+def _checked(x: np.ndarray) -> np.ndarray:
+    """Images as float32 [N, H, W]."""
+    x = np.asarray(x)
+    if x.dtype != bool and not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
+        raise DataError(f"images of type {x.dtype}; expected real numbers")
+    shape = _three(x.shape)
+    with np.errstate(over="ignore"):
+        images = x.astype(np.float32).reshape(shape)
+    bad = images.size - int((np.abs(images) <= nifti.MAX_INTENSITY).sum())
+    if bad:
+        raise DataError(f"images with {bad} pixels that are NaN, infinite or beyond {nifti.MAX_INTENSITY:g}")
+    return images
+
+
+def _checked_range(limits: tuple[float, float]) -> tuple[float, float]:
+    low, high = map(float, limits)
+    if not -nifti.MAX_INTENSITY <= low < high <= nifti.MAX_INTENSITY or np.float32(low) == np.float32(high):
+        raise DataError(f"intensity_range is {limits}; expected two finite rising numbers")
+    return low, high
