@@ -8,6 +8,7 @@ import struct
 import tracemalloc
 import zlib
 
+import nibabel
 import numpy as np
 import pytest
 
@@ -19,13 +20,19 @@ MEMORY_LIMIT = 16 << 20
 """For files of a kilobyte: what one level's counts may take (8 MiB), and as much again."""
 
 
+def nifti_header(shape, extension=0):
+    header = nibabel.Nifti1Header()
+    header.set_data_shape(shape)
+    header["vox_offset"] = 352 + extension
+    return header.binaryblock + bytes(4 + extension)
+
+
 def example(slices=3, levels=1, num_codes=50, grid=(8, 6), shape=(32, 24), **changes):
     rng = np.random.default_rng(0)
     stored = [rng.integers(0, num_codes, (slices, grid[0] >> n, grid[1] >> n)).astype(np.int32) for n in range(levels)]
     ranges = np.broadcast_to(np.float32([0.1, 437.3]), (slices, 2))
     content = Codes(**{"levels": tuple(stored), "shape": (slices, *shape), "ranges": ranges} | changes)
-    header = rng.integers(0, 256, 352, dtype=np.uint8).tobytes()
-    return codes.CodeFile(NiftiCodes(content, header, 2), (num_codes,) * levels, "0123abcd")
+    return codes.CodeFile(NiftiCodes(content, nifti_header((*shape, slices)), 2), (num_codes,) * levels, "0123abcd")
 
 
 def assert_same(one, other):
@@ -68,7 +75,7 @@ def test_ranges_of_each_slice_are_kept():
 
 def test_a_file_of_one_slice_and_a_long_nifti_header():
     file = example(slices=1)
-    file = dataclasses.replace(file, codes=NiftiCodes(file.codes.codes, bytes(10**6), None))
+    file = dataclasses.replace(file, codes=NiftiCodes(file.codes.codes, nifti_header((32, 24), 10**6), None))
     assert_same(codes.from_bytes(codes.to_bytes(file)), file)
 
 
@@ -148,6 +155,8 @@ def test_hostile_files_are_refused_or_read_with_bounded_memory():
         (lambda header: header["levels"][0].update(codes=2**16, classes="f" * 2**16), "classes"),
         (lambda header: header.update(levels=header["levels"] * 3), "levels"),
         (lambda header: header.update(slice_axis=3), "0 to 2"),
+        (lambda header: header.update(slice_axis=0), "axis 0 of a volume"),
+        (lambda header: header.update(shape=[3, 24, 32]), "of a volume"),
         (lambda header: header.update(ranges="!"), "base64"),
         (lambda header: header.update(ranges=base64.b64encode(np.float32([1, 0])).decode()), "ranges"),
         (lambda header: header.update(ranges=base64.b64encode(np.float32([0, np.nan])).decode()), "ranges"),

@@ -8,12 +8,14 @@ import math
 import string
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vqvae_jax import entropy, files
+from vqvae_jax.data import nifti_write
 from vqvae_jax.data.nifti import MAX_DEFLATE_RATIO, MAX_INTENSITY
 from vqvae_jax.errors import DataError
 from vqvae_jax.inference import Codes, NiftiCodes
@@ -166,6 +168,7 @@ def _parse(header: dict[str, Any], body: memoryview, size: int) -> CodeFile:
         raise DataError("has a damaged header (its model is not hexadecimal)")
     length = _natural(header.get("nifti"), len(body))
     nifti, body = _inflate(body[:length], length * MAX_DEFLATE_RATIO), body[length:]
+    _check_voxels(nifti, shape, slice_axis)
     levels = []
     for entry, level, num_codes in zip(entries, shapes, sizes, strict=True):
         classes = entropy.classes_from_text(_typed(entry.get("classes"), str, "text"), num_codes)
@@ -175,6 +178,19 @@ def _parse(header: dict[str, Any], body: memoryview, size: int) -> CodeFile:
     if any(body):
         raise DataError("holds bytes beyond its codes")
     return CodeFile(NiftiCodes(Codes(tuple(levels), shape, ranges), nifti, slice_axis), tuple(sizes), fingerprint)
+
+
+def _check_voxels(nifti: bytes, shape: tuple[int, int, int], slice_axis: int | None) -> None:
+    """Raises DataError where these slices are not the voxels of this NIfTI header."""
+    count, *expected = shape
+    expected.insert(2 if slice_axis is None else slice_axis, count)
+    found = nifti_write.stored_shape(nifti)
+    if _without_trailing_ones(found) != _without_trailing_ones(expected):
+        raise DataError(f"has a damaged header (slices {shape} along axis {slice_axis} of a volume {found})")
+
+
+def _without_trailing_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(shape[: max((axis + 1 for axis, side in enumerate(shape) if side != 1), default=0)])
 
 
 def _ranges(text: Any, slices: int) -> np.ndarray:
@@ -207,4 +223,3 @@ def _shape(value: Any) -> tuple[int, int, int]:
     if len(sides) != 3 or 0 in sides:
         raise DataError(f"has a damaged header (expected a shape of three sides, found {str(value)[:40]})")
     return tuple(sides)
-

@@ -69,7 +69,7 @@ def encode_file(
 def decode_file(
     run: Run, path: Path, path_out: Path, *, force: bool = False, overwrite: bool = False, progress: bool = False
 ) -> None:
-    """Writes the NIfTI file that a .vqz file holds, whole or not at all: the same bytes of voxels as ``reconstruct_nifti``.
+    """Writes the NIfTI file that a .vqz file holds, whole or not at all: the voxels that ``reconstruct_nifti`` gives.
 
     Args:
       run: the model that encoded it; with ``force`` any with the same number of codes, on grids of the same size.
@@ -91,7 +91,9 @@ def decode_file(
         )
     expected = (run.config.model.num_codes,) * len(file.num_codes)
     if file.num_codes != expected:
-        raise DataError(f"{path}: has {file.num_codes} kinds of codes, the model {expected}; use the model that encoded it")
+        raise DataError(
+            f"{path}: has {file.num_codes} kinds of codes, the model {expected}; use the model that encoded it"
+        )
     try:
         run.decode_nifti(file.codes, path_out, overwrite=overwrite, progress=progress)
     except DataError as error:
