@@ -31,9 +31,10 @@ class Compression:
         return 8 * self.size / self.voxels
 
     def __str__(self) -> str:
+        axis = "" if self.slice_axis is None else f", slices along axis {self.slice_axis} ({self.axis_reason})"
         return (
             f"{self.bits_per_pixel:.4f} bits per pixel ({self.size} bytes), {self.input_size / self.size:.1f} times "
-            f"smaller than the file, {self.gzip_size / self.size:.1f} times smaller than its voxels by gzip"
+            f"smaller than the file, {self.gzip_size / self.size:.1f} times smaller than its voxels by gzip{axis}"
         )
 
 
