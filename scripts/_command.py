@@ -50,22 +50,22 @@ def run(main: Callable[[], int]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is half-made is cleaned up
     try:
         status = main()
-    except VQVAEError as error:
-        status = _complain(str(error), USER_ERROR)
     except KeyboardInterrupt:
-        status = _complain("interrupted; run it again, with --resume if training had begun", INTERRUPTED)
+        status = complain("interrupted; run it again, with --resume if training had begun", INTERRUPTED)
     except Exception as error:
-        explained = _explain(error)
+        explained = explain(error)
         if explained is None and not distributed.several():
             raise
         if explained is None:
             traceback.print_exc()
-        status = 1 if explained is None else _complain(explained, USER_ERROR)
+        status = 1 if explained is None else complain(explained, USER_ERROR)
     distributed.end(status)
 
 
-def _explain(error: Exception) -> str | None:
-    """One line for a full disk or memory; None for what is not the user's to mend."""
+def explain(error: Exception) -> str | None:
+    """One line for what its user can mend, a full disk or memory among it; None for anything else."""
+    if isinstance(error, VQVAEError):
+        return str(error)
     if not isinstance(error, OSError | MemoryError | jax.errors.JaxRuntimeError):
         return None
     if isinstance(error, OSError):
@@ -77,7 +77,8 @@ def _explain(error: Exception) -> str | None:
     return None
 
 
-def _complain(message: str, status: int) -> int:
+def complain(message: str, status: int) -> int:
+    """Prints one line on stderr; returns the status."""
     sys.stdout.flush()
     print(f"{sys.argv[0]}: {message}", file=sys.stderr)
     return status

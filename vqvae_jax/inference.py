@@ -64,15 +64,13 @@ class NiftiCodes:
 class NiftiResult:
     """How well a file was reconstructed: SSIM and PSNR (dB) of each slice, in [0, 1] scale as evaluation takes them.
 
-    ``difference`` is float32 of the file's shape: reconstruction less original, in the file's intensities, before
-    the rounding to its number type. ``slice_axis`` and ``axis_reason`` are those of ``NiftiCodes``.
+    ``slice_axis`` and ``axis_reason`` are those of ``NiftiCodes``.
     """
 
     ssim_per_slice: np.ndarray
     psnr_per_slice: np.ndarray
     slice_axis: int | None
     axis_reason: str
-    difference: np.ndarray
 
     @property
     def ssim(self) -> float:
@@ -240,24 +238,30 @@ class Run:
         path_out: str | Path,
         *,
         slice_axis: int | None = None,
+        difference: str | Path | None = None,
         overwrite: bool = False,
         progress: bool = False,
     ) -> NiftiResult:
-        """Writes what the model makes of a NIfTI file; arguments and errors as for encode_nifti and decode_nifti.
+        """Writes what the model makes of a NIfTI file: ``decode_nifti`` of ``encode_nifti``, whose arguments it has.
 
-        The output has the file's header byte for byte (shape, affine, units, number type, scaling), its integers
-        rounded.
+        The output has the file's header byte for byte (shape, affine, units, number type, scaling); integers are
+        rounded. ``difference`` names a file for reconstruction less original: float32, in the file's intensities,
+        before that rounding.
+
+        Raises:
+          DataError: the file cannot be read, its voxels are RGB or complex, or an output cannot be written.
         """
         path_in, path_out = Path(path_in), Path(path_out)
-        nifti_write.check_target(path_out, overwrite=overwrite)
-        if path_out.exists() and path_in.exists() and os.path.samefile(path_in, path_out):
-            raise DataError(f"{path_out}: is the input itself; choose another name for the output")
+        outputs = [path_out] if difference is None else [path_out, Path(difference)]
+        _check_outputs(path_in, outputs, overwrite)
         codes, originals = self._encode_nifti(path_in, slice_axis, progress)
         images = self.decode(codes.codes, progress=progress)
         ssim, psnr = _similarities(images, originals, codes.codes.ranges)
         nifti_write.write(path_out, _stacked(images, codes), codes.header, overwrite=overwrite)
-        difference = _stacked(images - originals, codes)
-        return NiftiResult(ssim, psnr, codes.slice_axis, codes.axis_reason, difference)
+        if difference is not None:
+            header = nifti_write.float32_header(codes.header)
+            nifti_write.write(Path(difference), _stacked(images - originals, codes), header, overwrite=overwrite)
+        return NiftiResult(ssim, psnr, codes.slice_axis, codes.axis_reason)
 
     def _encode_nifti(self, path: Path, slice_axis: int | None, progress: bool) -> tuple[NiftiCodes, np.ndarray]:
         """The file's codes, and its slices [N, H, W]."""
@@ -344,6 +348,16 @@ def choose_slice_axis(volume: nifti.Volume, asked: int | None, fallback: int) ->
         others = " and ".join(f"{spacing[other]:.3g}" for other in range(3) if other != axis)
         return int(axis), f"its voxels are {spacing[axis]:.3g} mm apart, the others {others} mm"
     return fallback % 3, "as in training: the voxels are as far apart along all axes"
+
+
+def _check_outputs(path_in: Path, outputs: list[Path], overwrite: bool) -> None:
+    """Raises DataError, before any work, where an output may not be written."""
+    for path in outputs:
+        nifti_write.check_target(path, overwrite=overwrite)
+        if path.exists() and path_in.exists() and os.path.samefile(path_in, path):
+            raise DataError(f"{path}: is the input itself; choose another name for the output")
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise DataError(f"{outputs[0]}: is also the file for the difference; choose another name for one")
 
 
 def _stacked(images: np.ndarray, codes: NiftiCodes) -> np.ndarray:

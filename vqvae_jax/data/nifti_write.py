@@ -68,7 +68,8 @@ def to_bytes(voxels: np.ndarray, header: bytes) -> bytes:
         raise DataError(f"has a header of {parsed.get_data_shape()} voxels, but {voxels.shape} are to be written")
     dtype = parsed.get_data_dtype()
     slope, inter = _slope_and_inter(parsed)
-    stored = (voxels.astype(np.float64) - inter) / slope
+    with np.errstate(over="ignore"):  # clipped below
+        stored = (voxels.astype(np.float64) - inter) / slope
     if dtype.kind in "iu":
         stored = np.rint(stored)
     stored = np.clip(stored, *_limits(dtype)).astype(dtype)
