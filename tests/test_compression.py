@@ -23,6 +23,7 @@ def volume(tmp_path):
     """A big-endian volume of 5 slices of 30 x 20 voxels, 3 mm apart along the second axis."""
     voxels = np.random.default_rng(0).gamma(2, 200, (30, 5, 20)).astype(">i2")
     header = nibabel.Nifti1Header(endianness=">")
+    header.set_data_dtype(voxels.dtype)
     nibabel.save(nibabel.Nifti1Image(voxels, np.diag([0.5, 3, 0.5, 1]), header), tmp_path / "in.nii.gz")
     return tmp_path / "in.nii.gz"
 
