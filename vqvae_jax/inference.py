@@ -17,15 +17,13 @@ import tqdm
 
 from vqvae_jax import checkpoint, metrics, workdir
 from vqvae_jax.config import Config
-from vqvae_jax.data import nifti, nifti_write
+from vqvae_jax.data import nifti, nifti_write, slice_axes
 from vqvae_jax.errors import DataError
 from vqvae_jax.models.vqvae import VQVAE
 
 CPU_PIXELS_AT_ONCE = 2**15
 """A slice of 256 x 128: a CPU gains nothing from more, and one small slice costs no more than that."""
 DEVICE_PIXELS_AT_ONCE = 2**20
-NEARLY_ISOTROPIC = 1.05
-"""Voxel spacings closer than this factor do not tell which axis was acquired slice by slice."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,8 +94,8 @@ def load(run: str | Path, which: checkpoint.Which = "best") -> "Run":
     Example:
       >>> import vqvae_jax
       >>> run = vqvae_jax.load("runs/demo")
-      >>> run.reconstruct(np.zeros((40, 24))).shape
-      (40, 24)
+      >>> run.reconstruct(np.zeros((45, 23))).shape
+      (45, 23)
     """
     run = Path(run)
     config = workdir.load_config(run)
@@ -120,10 +118,10 @@ class Run:
       variables: its model's variables.
 
     Example:
-      >>> image = np.random.default_rng(0).integers(0, 4096, (3, 40, 20))
+      >>> image = np.random.default_rng(0).integers(0, 4096, (3, 45, 23))
       >>> codes = run.encode(image)
       >>> codes.levels[0].shape, codes.ranges.shape
-      ((3, 10, 5), (3, 2))
+      ((3, 12, 6), (3, 2))
       >>> bool((run.decode(codes) == run.reconstruct(image)).all())
       True
     """
@@ -268,7 +266,7 @@ class Run:
         try:
             volume = nifti.read(path)
             nifti_write.check_writable(volume.header)
-            axis, reason = choose_slice_axis(volume, slice_axis, self.config.data.slice_axis)
+            axis, reason = slice_axes.choose(volume, slice_axis, self.config.data.slice_axis)
             images = np.stack([piece.pixels for piece in nifti.slices(volume, -1 if axis is None else axis)])
         except DataError as error:
             raise DataError(f"{path} {error}") from error
@@ -317,37 +315,6 @@ class Run:
         if any(level.min() < 0 or level.max() >= most for level in codes.levels):
             raise DataError(f"codes beyond this model's {most}; use the model that encoded them")
         return count, height, width
-
-
-def choose_slice_axis(volume: nifti.Volume, asked: int | None, fallback: int) -> tuple[int | None, str]:
-    """The axis along which a file is cut into slices (None for a file that is one slice), and why, for people.
-
-    In this order: an axis of length 1; the axis asked for; the header's ``dim_info``; the axis whose voxel spacing
-    stands out, since slices are sampled alike along their two axes; ``fallback``.
-
-    Raises:
-      DataError: the file has no axis as asked for. The message gives the reason alone.
-    """
-    shape = volume.voxels.shape
-    if len(shape) == 2:
-        return None, "one slice"
-    if 1 in shape:
-        return shape.index(1), "its length is 1"
-    if asked is not None:
-        if asked not in range(-3, 3):
-            raise DataError(f"has no axis {asked} (--slice-axis); choose 0, 1 or 2")
-        return asked % 3, "as asked"
-    named = nifti_write.slice_axis(volume.header)
-    if named is not None:
-        return named, "by the header's dim_info"
-    spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
-    least, middle, greatest = np.argsort(spacing, kind="stable")
-    if spacing[least] > 0 and spacing[greatest] >= NEARLY_ISOTROPIC * spacing[least]:
-        below, above = spacing[middle] / spacing[least], spacing[greatest] / spacing[middle]
-        axis = greatest if above >= below else least
-        others = " and ".join(f"{spacing[other]:.3g}" for other in range(3) if other != axis)
-        return int(axis), f"its voxels are {spacing[axis]:.3g} mm apart, the others {others} mm"
-    return fallback % 3, "as in training: the voxels are as far apart along all axes"
 
 
 def _check_outputs(path_in: Path, outputs: list[Path], overwrite: bool) -> None:

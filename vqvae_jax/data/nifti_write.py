@@ -4,6 +4,7 @@ import gzip
 import math
 from pathlib import Path
 
+import nibabel
 import numpy as np
 
 from vqvae_jax import files
@@ -16,7 +17,7 @@ _GZIP_LEVEL = 6  # gzip's own default: above it, much more time for hardly fewer
 
 def check_writable(header: bytes) -> None:
     """Raises DataError, with the reason alone, where intensities of one number cannot take the voxels' place."""
-    dtype = _parsed(header).get_data_dtype()
+    dtype = parsed_header(header).get_data_dtype()
     if dtype.fields or dtype.kind == "c":
         kind = "RGB" if dtype.fields else "complex"
         raise DataError(f"has {kind} voxels; convert it to one real number for each voxel")
@@ -63,7 +64,7 @@ def to_bytes(voxels: np.ndarray, header: bytes) -> bytes:
       DataError: the header is damaged, or is one of other voxels.
     """
     check_writable(header)
-    parsed = _parsed(header)
+    parsed = parsed_header(header)
     if math.prod(parsed.get_data_shape()) != voxels.size:
         raise DataError(f"has a header of {parsed.get_data_shape()} voxels, but {voxels.shape} are to be written")
     dtype = parsed.get_data_dtype()
@@ -78,7 +79,7 @@ def to_bytes(voxels: np.ndarray, header: bytes) -> bytes:
 
 def float32_header(header: bytes) -> bytes:
     """``header`` for float32 voxels that are stored as they are, such as differences."""
-    parsed = _parsed(header)
+    parsed = parsed_header(header)
     parsed.set_data_dtype(np.float32)
     parsed["scl_slope"], parsed["scl_inter"] = 1, 0
     parsed["cal_min"], parsed["cal_max"] = 0, 0  # the display range of the intensities
@@ -87,17 +88,11 @@ def float32_header(header: bytes) -> bytes:
 
 def stored_shape(header: bytes) -> tuple[int, ...]:
     """The voxels' shape as the header has it, trailing axes of length 1 too."""
-    return tuple(int(side) for side in _parsed(header).get_data_shape())
+    return tuple(int(side) for side in parsed_header(header).get_data_shape())
 
 
-def slice_axis(header: bytes) -> int | None:
-    """The axis of acquisition (``dim_info``), where the header names one."""
-    axis = _parsed(header).get_dim_info()[2]
-    return axis if axis is not None and axis < len(stored_shape(header)) else None
-
-
-def _parsed(header: bytes):
-    """nibabel's header; refuses, before anything is allocated, one that does not end where the voxels begin."""
+def parsed_header(header: bytes) -> nibabel.Nifti1Header:
+    """nibabel's header. Raises DataError where it is damaged or does not end where the voxels begin."""
     start, _ = nifti.layout(header)
     if start != len(header):
         raise DataError(f"has a damaged header ({len(header)} bytes, but the voxels are to begin at {start})")
@@ -105,7 +100,7 @@ def _parsed(header: bytes):
     return cls(header[: cls.template_dtype.itemsize], check=False)
 
 
-def _slope_and_inter(parsed) -> tuple[float, float]:
+def _slope_and_inter(parsed: nibabel.Nifti1Header) -> tuple[float, float]:
     try:
         slope, inter = parsed.get_slope_inter()
     except Exception as error:  # nibabel's own kind, for an intercept that is not finite

@@ -1,0 +1,80 @@
+"""scripts/reconstruct.py as a user meets it: files and folders in, files and folders out."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import nibabel
+import numpy as np
+import pytest
+from conftest import ROOT, run_script
+from test_scripts import refused, write_case
+
+
+@pytest.fixture
+def place(tiny_run, tmp_path):
+    """A folder with the tiny run, and in/ with a slice, a volume below it, and what is no image."""
+    (tmp_path / "runs").symlink_to(tiny_run[0] / "runs")
+    write_case(tmp_path / "in/a.nii.gz")
+    write_case(tmp_path / "in/below/b.nii", np.random.default_rng(0).integers(0, 999, (32, 16, 3)).astype(np.uint16))
+    (tmp_path / "in/notes.txt").write_text("not an image")
+    return tmp_path
+
+
+def reconstruct(place, *arguments):
+    return run_script("reconstruct.py", *arguments, "--workdir", "runs/tiny", "--platform", "cpu", cwd=place)
+
+
+def files_in(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+
+
+def test_a_folder_is_mirrored_and_a_bad_file_does_not_stop_the_others(place):
+    (place / "in/aa.nii").write_bytes(b"broken")
+    done = reconstruct(place, "in", "out", "--difference", "differences")
+    assert refused(done, "in/aa.nii", "is not a NIfTI file")
+    assert files_in(place / "out") == files_in(place / "differences") == ["a.nii.gz", "below/b.nii"]
+    slice_line, volume_line = done.stdout.splitlines()[-2:]
+    assert slice_line.startswith("out/a.nii.gz: SSIM ") and " dB, one slice" in slice_line
+    assert "PSNR" in volume_line and "3 slices along axis 2 (as in training" in volume_line
+    written, original, difference = (
+        nibabel.load(place / folder / "below/b.nii") for folder in ("out", "in", "differences")
+    )
+    assert written.header == original.header
+    np.testing.assert_allclose(difference.get_fdata(), written.get_fdata() - original.get_fdata(), atol=0.51)
+    assert refused(reconstruct(place, "in/a.nii.gz", "out/a.nii.gz"), "out/a.nii.gz: exists", "--overwrite")
+    replaced = reconstruct(place, "in/a.nii.gz", "out/a.nii.gz", "--overwrite", "--slice-axis", 1)
+    assert replaced.returncode == 0, replaced.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("in", "in"), ("is the input itself",)),
+        (("in", "in/out"), ("lies in the input's folder",)),
+        (("in", "out", "--difference", "in/d"), ("--difference lies in",)),
+        (("none", "out"), ("none: does not exist",)),
+        (("in/notes.txt", "out.nii"), ("in/notes.txt", "is not a NIfTI file")),
+        (("in", "in/notes.txt"), ("is a file, but the input a folder",)),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(place, arguments, words):
+    before = files_in(place / "in")
+    assert refused(reconstruct(place, *arguments), *words)
+    assert files_in(place / "in") == before
+    assert not (place / "out").exists()
+
+
+def test_ctrl_c_leaves_no_part_of_a_file(place):
+    write_case(place / "in/below/long.nii", np.random.default_rng(0).integers(0, 999, (32, 16, 40000), np.int16))
+    command = [sys.executable, ROOT / "scripts/reconstruct.py", "in", "out", "--workdir", "runs/tiny"]
+    with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as working:
+        while "b.nii" not in working.stdout.readline():
+            assert working.poll() is None
+        time.sleep(0.5)
+        working.send_signal(signal.SIGINT)
+        _, complaint = working.communicate(timeout=60)
+    assert working.returncode == 130
+    assert "interrupted" in complaint and "Traceback" not in complaint
+    assert files_in(place / "out") == ["a.nii.gz", "below/b.nii"]
