@@ -73,3 +73,4 @@ def for_each(names: list[Path], action: Callable[[Path], None]) -> int:
 def say(line: str) -> None:
     """Prints a line above the progress bar."""
     tqdm.tqdm.write(line)
+    sys.stdout.flush()

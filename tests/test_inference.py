@@ -288,6 +288,14 @@ def test_codes_of_a_file_decode_to_the_file_that_reconstruct_writes(run, tmp_pat
     assert nibabel.load(tmp_path / "b.nii").shape == shape
 
 
+def test_codes_with_the_header_of_another_file_are_refused(run, tmp_path):
+    codes = run.encode_nifti(save(tmp_path / "a.nii", smooth(3, *SIZE), (3, 1, 1)))
+    other = run.encode_nifti(save(tmp_path / "b.nii", np.moveaxis(smooth(3, *SIZE), 0, 2)))
+    with pytest.raises(DataError, match="are not those of a file of shape"):
+        run.decode_nifti(dataclasses.replace(codes, header=other.header), tmp_path / "c.nii")
+    assert not (tmp_path / "c.nii").exists()
+
+
 def test_a_constant_file_comes_back_byte_for_byte(run, tmp_path):
     path = save(tmp_path / "in.nii", np.full((20, 16, 3), 7, np.int16))
     result = run.reconstruct_nifti(path, tmp_path / "out.nii")

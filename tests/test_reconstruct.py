@@ -55,7 +55,6 @@ def test_a_folder_is_mirrored_and_a_bad_file_does_not_stop_the_others(place):
         (("in", "in/out"), ("lies in the input's folder",)),
         (("in", "out", "--difference", "in/d"), ("--difference lies in",)),
         (("none", "out"), ("none: does not exist",)),
-        (("in/notes.txt", "out.nii"), ("in/notes.txt", "is not a NIfTI file")),
         (("in", "in/notes.txt"), ("is a file, but the input a folder",)),
     ],
 )
@@ -67,7 +66,7 @@ def test_what_cannot_work_is_refused_in_one_line(place, arguments, words):
 
 
 def test_ctrl_c_leaves_no_part_of_a_file(place):
-    write_case(place / "in/below/long.nii", np.random.default_rng(0).integers(0, 999, (32, 16, 40000), np.int16))
+    write_case(place / "in/below/long.nii", np.random.default_rng(0).integers(0, 999, (32, 16, 30000), np.int16))
     command = [sys.executable, ROOT / "scripts/reconstruct.py", "in", "out", "--workdir", "runs/tiny"]
     with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as working:
         while "b.nii" not in working.stdout.readline():

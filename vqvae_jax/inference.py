@@ -328,9 +328,13 @@ def _check_outputs(path_in: Path, outputs: list[Path], overwrite: bool) -> None:
 
 
 def _stacked(images: np.ndarray, codes: NiftiCodes) -> np.ndarray:
-    """Slices [N, H, W] as the voxels of their file."""
+    """Slices [N, H, W] as the voxels of their file. Raises DataError where its header is one of other voxels."""
     voxels = images[0] if codes.slice_axis is None else np.stack(images, axis=codes.slice_axis)
-    return voxels.reshape(nifti_write.stored_shape(codes.header))
+    shape = nifti_write.stored_shape(codes.header)
+    kept = shape if voxels.ndim == 2 else shape[:3]
+    if tuple(side for side in kept if side > 1) != tuple(side for side in voxels.shape if side > 1):
+        raise DataError(f"slices of shape {images.shape} are not those of a file of shape {shape}")
+    return voxels.reshape(shape)
 
 
 def _similarities(images: np.ndarray, originals: np.ndarray, ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -46,7 +46,10 @@ def write(path: Path, voxels: np.ndarray, header: bytes, *, overwrite: bool = Fa
       DataError: the file exists, cannot be written, or its voxels do not fit the header.
     """
     check_target(path, overwrite=overwrite)
-    content = to_bytes(voxels, header)
+    try:
+        content = to_bytes(voxels, header)
+    except DataError as error:
+        raise DataError(f"{path}: cannot be written: the file it was made from {error}") from error
     if path.name.endswith(".gz"):
         content = gzip.compress(content, _GZIP_LEVEL, mtime=0)  # the same bytes at any time
     try:
