@@ -124,6 +124,15 @@ def test_neighbours_are_made_use_of():
     assert 8 * len(payload) < 0.75 * codes.size * -(share * np.log2(share)).sum()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("period", [1, 2, 8, 40])
+def test_regular_patterns_have_classes_or_none_without_a_word(period):
+    y, x = np.mgrid[:24, :24]
+    codes = np.stack([(y // period * 3 + x // period * 5) % 40, np.where(x < 12, y, 39 - y)])
+    payload, classes = entropy.encode(codes, 64)
+    np.testing.assert_array_equal(entropy.decode(payload, codes.shape, classes), codes)
+
+
 def test_many_codes_keep_the_counts_in_bounds():
     codes = np.random.default_rng(4).integers(0, 2, (3, 800, 800))  # counts are halved on the way
     payload, classes = entropy.encode(codes, 2)

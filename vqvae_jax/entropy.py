@@ -1,5 +1,6 @@
 """Entropy coding of code indices: adaptive models of each code's neighbours, in a range coder."""
 
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 
@@ -174,7 +175,7 @@ def _cluster(codes: np.ndarray, num_codes: int) -> np.ndarray:
     # Half a second to import, and needed only here.
     from scipy.cluster.vq import kmeans2  # noqa: PLC0415
     from scipy.sparse import coo_array, diags_array  # noqa: PLC0415
-    from scipy.sparse.linalg import eigsh  # noqa: PLC0415
+    from scipy.sparse.linalg import ArpackError, eigsh  # noqa: PLC0415
 
     classes = np.zeros(num_codes, np.uint8)
     used, kinds = np.unique(codes, return_inverse=True)
@@ -189,7 +190,12 @@ def _cluster(codes: np.ndarray, num_codes: int) -> np.ndarray:
     degrees = pairs.sum(axis=1)
     degrees = degrees + degrees.mean()
     scale = diags_array(degrees**-0.5)
-    values, vectors = eigsh(scale @ pairs @ scale, k=_SPECTRAL_DIMENSIONS, which="LA", v0=np.ones(used.size))
+    try:
+        values, vectors = eigsh(scale @ pairs @ scale, k=_SPECTRAL_DIMENSIONS, which="LA", v0=np.ones(used.size))
+    except ArpackError:  # it does not always converge, and classes only save bits
+        return classes
     positions = vectors * values / np.sqrt(degrees)[:, None]
-    classes[used] = kmeans2(positions / positions.std(), number, minit="++", seed=0)[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # an empty class does no harm
+        classes[used] = kmeans2(positions / positions.std(), number, minit="++", seed=0)[1]
     return classes
