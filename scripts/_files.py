@@ -38,6 +38,22 @@ def found(source: Path, suffixes: tuple[str, ...]) -> list[Path]:
     return names
 
 
+def renamed(names: list[Path], suffixes: tuple[str, ...], suffix: str) -> dict[Path, Path]:
+    """What is made of each of ``names``: the same name with another suffix; nothing else for the input itself.
+
+    Raises:
+      DataError: two would have the same name.
+    """
+    made: dict[Path, Path] = {}
+    for name in names:
+        old = next((old for old in suffixes if name.name.endswith(old)), "")
+        new = name.with_name(name.name.removesuffix(old) + suffix) if name.name else name
+        if new in made:
+            raise DataError(f"{name} and {made[new]} would both become {new}; rename one of them")
+        made[new] = name
+    return {name: new for new, name in made.items()}
+
+
 def for_each(names: list[Path], action: Callable[[Path], None]) -> int:
     """Calls ``action`` on each; one that fails is a line on stderr and does not stop the others. The exit status."""
     status = 0

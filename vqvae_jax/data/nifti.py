@@ -65,17 +65,22 @@ def read(source: Path | BinaryIO, size: int | None = None) -> Volume:
       DataError: the file is not NIfTI, is truncated or damaged, is not 2-D or 3-D, or holds voxels that
         are not finite in float32. The message gives the reason alone: the caller knows the file's name.
     """
+    return _parse(read_bytes(source, size))
+
+
+def read_bytes(source: Path | BinaryIO, size: int | None = None) -> bytes:
+    """The content of a file as it is before compression, from its header to its last voxel. As ``read`` otherwise."""
     if isinstance(source, Path):
         try:
             if source.is_fifo():  # opening it would wait for a writer
                 raise DataError("is a pipe; expected a file")
             with source.open("rb") as stream:
-                return read(stream, source.stat().st_size)
+                return read_bytes(stream, source.stat().st_size)
         except OSError as error:
             raise DataError(f"cannot be opened ({error.strerror or error})") from error
     if not size:
         raise DataError("is empty (0 bytes)")
-    return _parse(_read_bounded(source, size))
+    return _read_bounded(source, size)
 
 
 def _read_bounded(stream: BinaryIO, size: int) -> bytes:

@@ -1,0 +1,56 @@
+"""Store NIfTI files as a model's codes: python scripts/encode.py IN OUT.vqz [--workdir runs/NAME]."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import _command
+import _files
+import tyro
+
+import vqvae_jax
+from vqvae_jax import compression, workdir
+from vqvae_jax.data import nifti_write
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Writes the codes of a NIfTI file, or of each in a folder, as .vqz files, and says how small they are."""
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
+    """A .nii or .nii.gz file (a 2-D slice or a 3-D volume), or a folder of them."""
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """The .vqz file to write, or a folder, which is laid out as the input is."""
+    workdir: Path | None = None
+    """The run's folder; the newest in runs/ by default."""
+    checkpoint: Literal["best", "newest"] = "best"
+    """The best checkpoint by validation SSIM, or the newest."""
+    slice_axis: int | None = None
+    """Axis of a volume's slices; by default the header's, or the one whose voxel spacing stands out."""
+    overwrite: bool = False
+    """Replace files that are there."""
+    platform: _command.Platform = "auto"
+    """What to compute on."""
+
+
+def main() -> int:
+    """Parses the flags, encodes each file, prints what it became."""
+    flags = tyro.cli(Flags)
+    _files.check_apart(flags.source, flags.target, "OUT")
+    names = _files.renamed(_files.found(flags.source, nifti_write.SUFFIXES), nifti_write.SUFFIXES, ".vqz")
+    _command.use_platform(flags.platform)
+    folder = flags.workdir or workdir.newest()
+    run = vqvae_jax.load(folder, flags.checkpoint)
+    print(f"Run: {folder}, {flags.checkpoint} checkpoint, model {run.fingerprint[:12]}", flush=True)
+
+    def encode(name: Path) -> None:
+        path_out = flags.target / names[name]
+        options = {"slice_axis": flags.slice_axis, "overwrite": flags.overwrite, "progress": True}
+        made = compression.encode_file(run, flags.source / name, path_out, **options)
+        _files.say(f"{path_out}: {made}")
+
+    return _files.for_each(list(names), encode)
+
+
+if __name__ == "__main__":
+    _command.run(main)
