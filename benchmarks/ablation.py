@@ -3,8 +3,8 @@
     python benchmarks/ablation.py --data SLICES --out runs/ablation --seeds 2 -- --epochs 6 --hidden-channels 32
 
 What follows ``--`` are flags of scripts/train.py for every run, so that all take equally many steps. The first rows
-add one change after another; the others each add theirs to all of those. Runs that are done already (their folder in
-``--out`` has test metrics) are not repeated, so that the command can be stopped and given again.
+add one change after another; the others each add theirs to some or all of those. Runs that are done already (their
+folder in ``--out`` has test metrics) are not repeated, so that the command can be stopped and given again.
 
 ``--shrink 2`` trains and tests on copies of the slices with half as many pixels along each axis, which a CPU goes
 through several times as fast.
@@ -28,42 +28,58 @@ from vqvae_jax.data import nifti, source
 
 COSINE = ("--schedule", "cosine", "--warmup-steps", "20")
 MOVES = ("--rotation", "5", "--zoom", "0.05", "--shift", "0.02")
+LAST_SHARED = "SSIM term"
 ADDED = {
     "published network and loss": (
-        *("--codebook-update", "gradient", "--latent-norm", "--ssim-weight", "0", "--schedule", "steps"),
-        *("--warmup-steps", "0"),
+        *("--codebook-update", "gradient", "--latent-norm", "--ssim-weight", "0", "--code-dim", "0"),
+        *("--residual", "post", "--schedule", "steps", "--warmup-steps", "0"),
     ),
     "EMA codebook": ("--codebook-update", "ema"),
     "no norm on the latents": ("--no-latent-norm",),
-    "SSIM term": ("--ssim-weight", "0.5"),
+    LAST_SHARED: ("--ssim-weight", "0.5"),
+    "codes of width 16": ("--code-dim", "16"),
+    "pre-activation": ("--residual", "pre"),
 }
 """Each with all above it."""
 ALTERNATIVES = {
+    "pre-activation": ("--residual", "pre"),
+    "twice the rate": ("--learning-rate", "2e-3"),
     "warm-up and cosine": COSINE,
     "warm-up and cosine, twice the rate": (*COSINE, "--learning-rate", "2e-3"),
-    "twice the rate": ("--learning-rate", "2e-3"),
     "averaged weights": ("--average-decay", "0.98"),
+    "AdamW": ("--weight-decay", "0.01"),
     "SSIM term of weight 1": ("--ssim-weight", "1"),
     "MS-SSIM for SSIM": ("--ssim-weight", "0", "--ms-ssim-weight", "0.5"),
     "L2": ("--reconstruction", "l2"),
     "Charbonnier": ("--reconstruction", "charbonnier"),
+    "perceptual term": ("--perceptual-weight", "0.1"),
+    "patch discriminator": (
+        *("--adversarial-weight", "0.5", "--adversarial-start", "50"),
+        *("--discriminator-channels", "16", "--discriminator-layers", "2"),
+    ),
     "rotation trick": ("--gradient-estimator", "rotation"),
     "cosine codes": ("--cosine-codes",),
-    "codes of width 16": ("--code-dim", "16"),
     "entropy term": ("--entropy-weight", "0.1"),
     "finite scalar quantization": (*("--codebook-update", "gradient", "--quantizer", "fsq"), "--fsq-levels", *"8844"),
     "group norm": ("--norm", "group"),
-    "pre-activation": ("--residual", "pre"),
     "four residual blocks": ("--residual-blocks", "4"),
     "no attention": ("--no-attention",),
-    "AdamW": ("--weight-decay", "0.01"),
+    "nearest upsampling": ("--upsampling", "nearest"),
     "flips": ("--flip",),
     "flips and small moves": ("--flip", *MOVES),
     "flips, small moves, gamma, bias field": ("--flip", *MOVES, "--gamma", "0.1", "--bias-field", "0.2"),
+    "two levels": ("--levels", "2"),
     "downsampling 8": ("--downsampling", "8"),
+    "downsampling 8, two levels": ("--downsampling", "8", "--levels", "2"),
     "downsampling 16": ("--downsampling", "16"),
 }
-"""Each with all of ADDED."""
+"""Each with ADDED up to LAST_SHARED."""
+LONGER = {
+    "warm-up and cosine": COSINE,
+    "flips and small moves": ("--flip", *MOVES),
+    "warm-up, cosine, flips and small moves": (*COSINE, "--flip", *MOVES),
+}
+"""Each with all of ADDED: what is for longer training than tells the others apart."""
 METRICS = ("ssim", "ms_ssim", "psnr", "codebook_usage", "bits_per_pixel", "bits_per_pixel_entropy")
 
 
@@ -73,7 +89,9 @@ def recipes() -> dict[str, tuple[str, ...]]:
     for name, more in ADDED.items():
         flags += more
         found[f"+ {name}" if found else name] = flags
-    return found | {f"all of these, {name}": flags + more for name, more in ALTERNATIVES.items()}
+    shared = found[f"+ {LAST_SHARED}"]
+    found |= {f"up to the {LAST_SHARED}, {name}": shared + more for name, more in ALTERNATIVES.items()}
+    return found | {f"all of these, {name}": flags + more for name, more in LONGER.items()}
 
 
 def shrink(data: Path, factor: int, folder: Path) -> Path:
