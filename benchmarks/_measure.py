@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vqvae_jax.config import PRESETS, ModelConfig
+from vqvae_jax.config import PUBLISHED, ModelConfig
 from vqvae_jax.errors import ConfigError, VQVAEError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,9 +44,9 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
 
 
 def model_config(flags: argparse.Namespace) -> ModelConfig:
-    """The hipmri preset's model with the sizes and precision of ``add_model_flags``."""
+    """The published model with the sizes and precision of ``add_model_flags``."""
     return dataclasses.replace(
-        PRESETS["hipmri"].model,
+        PUBLISHED.model,
         image_size=tuple(flags.image_size),
         hidden_channels=flags.hidden_channels,
         precision=flags.dtype,

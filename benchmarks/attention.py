@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py [--batch-size 8] [--image-sizes 256x128 512x512] [--device gpu]
 
-The widths are the hipmri preset's. Memory is what XLA plans for temporary values. What would take more than this
+The widths are the published model's. Memory is what XLA plans for temporary values. What would take more than this
 machine has is not run.
 """
 
@@ -10,7 +10,7 @@ import os
 
 import _measure
 
-from vqvae_jax.config import PRESETS
+from vqvae_jax.config import PUBLISHED
 
 WAYS = ("blocks", "plain")
 
@@ -24,7 +24,7 @@ def measure(flags) -> None:
     from vqvae_jax.models import layers  # noqa: PLC0415
 
     height, width = map(int, flags.size.split("x"))
-    model = PRESETS["hipmri"].model
+    model = PUBLISHED.model
     length, channels = height * width // model.downsampling**2, model.hidden_channels
     keys = jax.random.split(jax.random.key(0), 3)
     widths = (channels // 8, channels // 8, channels)

@@ -1,4 +1,4 @@
-"""Encode, decode and reconstruct with the hipmri preset, JAX against PyTorch eager: images/s at several batch sizes.
+"""Encode, decode and reconstruct with the published model, JAX against PyTorch eager: images/s at several batch sizes.
 
     python benchmarks/inference.py [--batch-sizes 1 8 64] [--device gpu --dtype bfloat16]
 

@@ -15,7 +15,7 @@ import re
 import _measure
 import numpy as np
 
-from vqvae_jax.config import PRESETS, Config, LossConfig
+from vqvae_jax.config import PUBLISHED, Config, LossConfig
 
 VALUES = {
     "image-size": ("128 64", "512 256", "512 512"),
@@ -29,8 +29,8 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
 def configure(setting: str, batch_size: int) -> Config:
-    """The hipmri preset with random VGG16 weights and, for "image-size=128 64", say, that field changed."""
-    config = PRESETS["hipmri"]
+    """PUBLISHED with random VGG16 weights and, for "image-size=128 64", say, that field changed."""
+    config = PUBLISHED
     name, _, value = setting.partition("=")
     values = tuple(map(int, value.split()))
     changes = {}
@@ -91,7 +91,7 @@ def main() -> None:
     flags = flags.parse_args()
     if flags.worker:
         return measure(flags)
-    settings = ["hipmri", *(f"{name}={value}" for name in flags.vary for value in VALUES[name])]
+    settings = ["published", *(f"{name}={value}" for name in flags.vary for value in VALUES[name])]
     rows = []
     for setting in settings:
         name, _, value = setting.partition("=")
@@ -107,7 +107,7 @@ def main() -> None:
         rows.append((setting, flops / images / 1e9, f"{memory:.0f}", per_image, sent))
     header = ("setting", "GFLOP an image", "planned memory, MiB a device", "seconds an image", "communicated, MiB")
     _measure.print_table(header, rows)
-    print(f"\nbatch {flags.batch_size} over all devices; hipmri is 256 x 128, width 256, K = 1024, 1 device")
+    print(f"\nbatch {flags.batch_size} over all devices; published is 256 x 128, width 256, K = 1024, 1 device")
     return None
 
 
