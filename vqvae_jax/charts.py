@@ -45,17 +45,19 @@ class Chart:
 class _Axis:
     """Data to SVG units, with round ticks; it reaches from the first tick to the last where ``to_ticks``."""
 
-    def __init__(self, low: float, high: float, start: float, end: float, *, to_ticks: bool):
+    def __init__(self, low: float, high: float, start: float, end: float, *, to_ticks: bool, logarithmic: bool = False):
+        self._scale = math.log10 if logarithmic else float
+        low, high = self._scale(low), self._scale(high)
         if not high > low:
             low, high = low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5)
-        ticks = _TICKS.tick_values(low, high)
+        ticks = range(math.floor(low), math.ceil(high) + 1) if logarithmic else _TICKS.tick_values(low, high)
         self._low, self._high = (ticks[0], ticks[-1]) if to_ticks else (low, high)
         self._start, self._end = start, end
-        inside = [tick for tick in ticks if self._low <= tick <= self._high]
-        self.ticks = [(self(tick), f"{round(tick, 10) + 0.0:,.10g}") for tick in inside]
+        values = [10.0**tick if logarithmic else tick for tick in ticks if self._low <= tick <= self._high]
+        self.ticks = [(self(value), f"{round(value, 10) + 0.0:,.10g}") for value in values]
 
     def __call__(self, value: float) -> float:
-        share = (value - self._low) / (self._high - self._low)
+        share = (self._scale(value) - self._low) / (self._high - self._low)
         return round(float(self._start + share * (self._end - self._start)), 1)
 
 
@@ -82,20 +84,29 @@ def histogram(title: str, values: Sequence[float], x_label: str, *, unit: str = 
 
 
 def lines(
-    title: str, series: dict[str, Points], x_label: str, *, level: tuple[float, str] | None = None, zero: bool = False
+    title: str,
+    series: dict[str, Points],
+    x_label: str,
+    *,
+    level: tuple[float, str] | None = None,
+    logarithmic: bool = False,
 ) -> Chart | None:
     """Lines through (x, y) points, by name; None if no point is finite.
 
-    ``level`` is a y to mark by a dashed line and its name; with ``zero`` the y axis begins at 0.
+    ``level`` is a y to mark by a dashed line and its name. On a ``logarithmic`` y axis points of 0 are left out.
     """
-    series = {name: [point for point in points if all(map(math.isfinite, point))] for name, points in series.items()}
+    lowest = 0 if logarithmic else -math.inf
+    series = {
+        name: [point for point in points if all(map(math.isfinite, point)) and point[1] > lowest]
+        for name, points in series.items()
+    }
     series = {name: points for name, points in series.items() if points}
     if not series:
         return None
     xs, ys = zip(*(point for points in series.values() for point in points), strict=True)
-    ys = [*ys, *([level[0]] if level else []), *([0.0] if zero else [])]
+    ys = [*ys, *([level[0]] if level else [])]
     x = _Axis(min(xs), max(xs), _LEFT, _RIGHT, to_ticks=False)
-    y = _Axis(min(ys), max(ys), _BOTTOM, _TOP, to_ticks=True)
+    y = _Axis(min(ys), max(ys), _BOTTOM, _TOP, to_ticks=True, logarithmic=logarithmic)
     drawn, dots, words = [], [], []
     for name, points in series.items():
         kept = np.unique(np.linspace(0, len(points) - 1, min(len(points), _MOST_POINTS)).round().astype(int))

@@ -134,10 +134,16 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 def shown_slices(order: Sequence[int], limit: int) -> list[int]:
-    """At most ``limit`` of the slices, evenly spaced in ``order`` (worst first), with the worst and the best."""
+    """At most ``limit`` of the slices, in ``order`` (worst first): the worst, the best, the median, others between.
+
+    They are evenly spaced; fewer than three cannot hold all of the named ones.
+    """
     if limit < 1:
         raise ValueError(f"limit is {limit}, expected at least 1")
-    places = np.linspace(0, len(order) - 1, min(limit, len(order))).round().astype(int)
+    count = min(limit, len(order))
+    places = np.linspace(0, len(order) - 1, count).round().astype(int)
+    if count > 2:
+        places[count // 2] = len(order) // 2
     return [order[place] for place in places]
 
 
@@ -168,7 +174,11 @@ def _figures(result: evaluation.Evaluation) -> list[_Figure]:
             "Structural similarity: how alike original and reconstruction look in small patches; 1 is identical. "
             f"Lowest {_number(of['ssim_lowest'], 3)}, highest {_number(of['ssim_highest'], 3)}.",
         ),
-        _Figure("PSNR", _number(of["psnr"], 1, " dB"), "The signal against the squared error; 6 dB more halve it."),
+        _Figure(
+            "PSNR",
+            _number(of["psnr"], 1, " dB"),
+            "The full grey scale against the typical error, on a logarithmic scale: 6 dB more are half the error.",
+        ),
         _Figure(
             "MS-SSIM",
             _number(of["ms_ssim"], 3),
@@ -207,8 +217,8 @@ def _charts(result: evaluation.Evaluation, history: Sequence[dict[str, Any]]) ->
         for name, counts in zip(names, result.counts, strict=True)
     }
     even = (100 / result.counts.shape[-1], "even use")
-    label = "codes, the most used first (dashed: even use)"
-    yield charts.lines("Use of each code (%)", shares, label, level=even, zero=True)
+    label = "used codes, the most used first (dashed: even use)"
+    yield charts.lines("Share of each code (%)", shares, label, level=even, logarithmic=True)
     for title, split, key in _CURVES:
         yield charts.lines(title, {key.replace("ssim", "SSIM"): _curve(history, split, key)}, "training step")
 
@@ -240,7 +250,7 @@ def _cards(result: evaluation.Evaluation, pictures: Iterable[Picture]) -> list[d
                 "height": row.width,
                 "ssim": _number(row.ssim, 4),
                 "psnr": _number(row.psnr, 2, " dB"),
-                "mae": _number(row.mae, 4),
+                "mae": _number(row.mae * 100, 2, " %"),
                 "original": png_data_uri(picture.original),
                 "reconstruction": png_data_uri(picture.reconstruction),
                 # What the script sorts by; NaN has no place in an order and goes last.

@@ -15,7 +15,7 @@ function greys(image) {
 }
 
 function paint(canvas, colourOf) {
-  const context = canvas.getContext("2d");
+  const context = canvas.getContext("2d", { willReadFrequently: true }); // pixels are made here, not on a GPU
   const pixels = context.createImageData(canvas.width, canvas.height);
   const words = new Uint32Array(pixels.data.buffer);
   for (let index = 0; index < words.length; index++) words[index] = colourOf(index);
