@@ -7,7 +7,7 @@ from typing import Literal
 import _command
 import tyro
 
-from vqvae_jax import evaluation, workdir
+from vqvae_jax import evaluation, html_report, workdir
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,8 @@ class Flags:
     """The best checkpoint by validation SSIM, or the newest."""
     data: str | None = None
     """Other files than those the run was trained on: a zip, a folder, or "phantom"."""
+    report: bool = False
+    """Also write report.html, a page to look at and to send on."""
     platform: _command.Platform = "auto"
     """What to compute on."""
 
@@ -32,10 +34,14 @@ def main() -> int:
     _command.use_platform(flags.platform)
     run = flags.workdir or workdir.newest()
     print(f"Run: {run}, split {flags.split}, {flags.checkpoint} checkpoint")
-    result = evaluation.evaluate_run(run, flags.split, flags.checkpoint, data=flags.data)
-    for line in evaluation.describe(result, evaluation.scaling(workdir.load_config(run))):
+    evaluated = evaluation.evaluate(run, flags.split, flags.checkpoint, data=flags.data)
+    for line in evaluation.describe(evaluated.evaluation, evaluation.scaling(evaluated.config)):
         print(line)
     print(f"Written: {run / workdir.EVAL / flags.split}/ (metrics.json, per_slice.csv, reconstructions.png)")
+    if flags.report:
+        print(f"Report: {html_report.write(run, flags.split, flags.checkpoint, evaluated)}")
+    else:
+        print(f"A page to look at: python scripts/report.py --workdir {run} --split {flags.split}")
     return 0
 
 

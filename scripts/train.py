@@ -84,7 +84,7 @@ def main() -> int:
         f"Pictures: {run / 'eval/test/reconstructions.png'} and {run / 'samples'}\n"
         f"Curves: tensorboard --logdir {run} (or {run / 'metrics.jsonl'})\n"
         f"Checkpoints: {run / 'checkpoints'}\n"
-        f"Next: python scripts/eval.py --workdir {run} --split validation"
+        f"Next: python scripts/report.py --workdir {run}"
     )
     return 0
 

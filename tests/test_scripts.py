@@ -51,7 +51,7 @@ def test_training_says_what_it_did_and_what_to_do_next(tiny_run):
     assert "Epoch [3/3], Loss: " in printed
     assert "Average SSIM: " in printed
     assert "UNTRAINED" in printed
-    assert "Next: python scripts/eval.py --workdir runs/tiny" in printed
+    assert "Next: python scripts/report.py --workdir runs/tiny" in printed
     run = place / "runs/tiny"
     expected = {"config.json", "metrics.jsonl", "checkpoints", "samples", "eval"}
     assert expected <= {path.name for path in run.iterdir()}

@@ -277,13 +277,39 @@ def evaluate_run(
     Raises:
       CheckpointError, ConfigError, DataError: the run or its data cannot be read.
     """
+    return evaluate(run, split, which, data=data, log=log).evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluatedRun:
+    """A run's evaluation, and what draws more of it."""
+
+    config: Config
+    evaluation: Evaluation
+    evaluator: Evaluator
+    variables: Any
+
+    def reconstruct(self, indices: Sequence[int]) -> Iterator[tuple[loader.Sample, np.ndarray]]:
+        """Some slices with their reconstructions: `Evaluator.reconstruct`."""
+        return self.evaluator.reconstruct(self.variables, indices)
+
+
+def evaluate(
+    run: Path,
+    split: str = "test",
+    which: checkpoint.Which = "best",
+    *,
+    data: str | None = None,
+    log: Callable[[str], None] = print,
+) -> EvaluatedRun:
+    """`evaluate_run`, for who goes on with its pictures."""
     config, variables, slices = open_run(run, split, which, data=data, log=log)
     loss = config.loss
     trained = vgg_weights.on_hand(loss.vgg_weights, *loss.perceptual_layers) if loss.perceptual_weight else None
     evaluator = Evaluator(config, slices, trained)
     evaluation = evaluator.run(variables, published_protocol=True)
     write_results(evaluation, evaluator, variables, run / workdir.EVAL / split, scaling(config))
-    return evaluation
+    return EvaluatedRun(config, evaluation, evaluator, variables)
 
 
 def open_run(
