@@ -79,7 +79,7 @@ def codecs(avif_speed: int) -> tuple[Codec, ...]:
         ),
     )
     if missing := [codec.name for codec in found if not features.check(codec.feature)]:
-        raise ConfigError(f"this Pillow cannot write {', '.join(missing)}; install it with: pip install -e .[bench]")
+        raise ConfigError(f"this Pillow cannot write {', '.join(missing)}; install 11.3 or newer")
     return found
 
 
