@@ -48,12 +48,20 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What is said of a run: its name, the split, how figures were measured, and facts by their name."""
+    """What is said of a run.
+
+    Attributes:
+      run, split: their names.
+      protocol: how figures were measured.
+      facts: of the model and the data, by name.
+      seen: what the model has seen of the split, or empty where that is not known.
+    """
 
     run: str
     split: str
     protocol: str
     facts: dict[str, str]
+    seen: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +90,12 @@ def write(run: Path, split: str, which: str, evaluated: evaluation.EvaluatedRun,
         for index, (sample, own) in zip(indices, evaluated.reconstruct(indices), strict=True)
     )
     config = evaluated.config
-    about = About(run.resolve().name, split, evaluation.scaling(config), _facts(config, which))
-    text = render(about, evaluated.evaluation, read_history(run / workdir.METRICS), pictures)
+    history = read_history(run / workdir.METRICS)
+    # Of other files, or a model that was trained elsewhere, the split's name says nothing.
+    known = history and config.data.data == workdir.load_config(run).data.data
+    seen = _SPLITS[split] if known else ""
+    about = About(run.resolve().name, split, evaluation.scaling(config), _facts(config, which), seen)
+    text = render(about, evaluated.evaluation, history, pictures)
     path = run / workdir.EVAL / split / REPORT
     if distributed.is_first():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +113,6 @@ def render(
     style, script = (environment.loader.get_source(environment, f"report.{kind}")[0] for kind in ("css", "js"))
     text = environment.get_template("report.html").render(
         about=about,
-        split_meaning=_SPLITS.get(about.split, "slices"),
         total=len(result.rows),
         levels=len(result.counts),
         codes=result.counts.shape[-1],
