@@ -169,3 +169,5 @@ byId("reset").addEventListener("click", () => {
 adjust();
 arrange();
 for (const slice of slices) observer.observe(slice.card);
+// On paper nobody scrolls: what was never near the window is drawn too.
+addEventListener("beforeprint", () => { for (const slice of slices) if (!slice.card.hidden) slice.draw(); });
