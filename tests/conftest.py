@@ -1,6 +1,7 @@
 """What several test files share: real data where it is at hand, a tiny run, running a script."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ TINY = [
     *("--embedding-dim", "4", "--num-embeddings", "32", "--phantom-cases", "6", "--phantom-slices", "4"),
     *("--batch-size", "8", "--schedule", "steps", "--warmup-steps", "0"),
 ]
+# A shell's background jobs ignore SIGINT, and so would the commands that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -202,7 +202,9 @@ def slices(volume: Volume, slice_axis: int = -1) -> list[Slice]:
         for index in range(voxels.shape[axis]):
             place = affine[:, [*rest, axis, 3]].copy()
             place[:, 3] += index * affine[:, axis]
-            cut.append(Slice(np.take(voxels, index, axis=axis), place))
+            # Not np.take, which copies the whole volume for each slice, since files have their first axis fastest.
+            pixels = np.ascontiguousarray(voxels[(slice(None),) * axis + (index,)])
+            cut.append(Slice(pixels, place))
     shape = cut[0].pixels.shape
     if min(shape) < MIN_SIDE:
         raise DataError(f"has slices of {shape[0]} x {shape[1]} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed")
