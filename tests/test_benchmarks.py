@@ -149,6 +149,7 @@ SMALL_RECIPE = (
 )
 
 
+@pytest.mark.slow
 def test_published(tiny_run, tmp_path):
     pytest.importorskip("torch")
     place, _ = tiny_run

@@ -101,6 +101,7 @@ def test_a_name_that_does_not_say_vqz_is_refused(run, volume, name):
         compression.encode_file(run, volume, volume.with_name(name))
 
 
+@pytest.mark.slow
 def test_real_volumes(run, tmp_path):
     path = REAL_DATA / "prostatex/volumes/prostatex_0001_t2tsecor.nii.gz"
     if not path.is_file():
