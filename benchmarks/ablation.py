@@ -25,6 +25,7 @@ import numpy as np
 from skimage.transform import resize
 
 from vqvae_jax.data import nifti, source
+from vqvae_jax.errors import ConfigError
 
 COSINE = ("--schedule", "cosine", "--warmup-steps", "20")
 MOVES = ("--rotation", "5", "--zoom", "0.05", "--shift", "0.02")
@@ -99,10 +100,12 @@ def shrink(data: Path, factor: int, folder: Path) -> Path:
     names = {split: name for name, split in source.SPLIT_FOLDERS.items()}
     files = source.Source(data)
     for entry in files.entries:
-        target = folder / names[entry.split] / Path(entry.name).name
+        target = folder / names[entry.split] / entry.name.replace("/", "_")
         if target.exists():
             continue
-        (piece,) = nifti.slices(files.read(entry))
+        piece, *others = nifti.slices(files.read(entry))
+        if others:
+            raise ConfigError(f"--shrink with {data}: expected 2-D slices, but {entry.name} is a volume")
         size = [side // factor for side in piece.pixels.shape]
         pixels = resize(piece.pixels, size, order=1, anti_aliasing=True, preserve_range=True)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -161,4 +164,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _measure.run(main)

@@ -51,7 +51,7 @@ def run(main: Callable[[], int]) -> None:
     try:
         status = main()
     except KeyboardInterrupt:
-        status = complain("interrupted; run it again, with --resume if training had begun", INTERRUPTED)
+        status = complain("interrupted; run it again (a training with --resume)", INTERRUPTED)
     except Exception as error:
         explained = explain(error)
         if explained is None and not distributed.several():
@@ -73,7 +73,7 @@ def explain(error: Exception) -> str | None:
         advice = "; free space and run again (with --resume)" if error.errno == errno.ENOSPC else ""
         return f"{place}{error.strerror or error}{advice}"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error):
-        return "out of memory; use a smaller --batch-size, --image-size or --hidden-channels"
+        return "out of memory; use smaller images (in training: --batch-size, --image-size or --hidden-channels)"
     return None
 
 

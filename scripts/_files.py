@@ -22,6 +22,14 @@ def check_apart(source: Path, target: Path, name: str) -> None:
         raise DataError(f"{target}: {name} lies in the input's folder; choose a place outside of it")
 
 
+def check_replaces_no_input(names: list[Path], source: Path, target: Path) -> None:
+    """Raises DataError where an output in ``target`` would take the place of another file of the input."""
+    inputs = {(source / name).resolve() for name in names}
+    for name in names:
+        if (target / name).resolve() in inputs:
+            raise DataError(f"{target / name}: is a file of the input, which would be replaced; choose another place")
+
+
 def found(source: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """Paths relative to ``source`` of the files in it, hidden ones left out; of ``source`` itself if it is a file.
 

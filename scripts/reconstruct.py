@@ -43,6 +43,8 @@ def main() -> int:
     if flags.difference:
         _files.check_apart(flags.source, flags.difference, "--difference")
     names = _files.found(flags.source, nifti_write.SUFFIXES)
+    for place in filter(None, (flags.target, flags.difference)):
+        _files.check_replaces_no_input(names, flags.source, place)
     _command.use_platform(flags.platform)
     folder = flags.workdir or workdir.newest()
     run = vqvae_jax.load(folder, flags.checkpoint)

@@ -9,7 +9,7 @@ import pytest
 from conftest import REAL_DATA
 
 import vqvae_jax
-from vqvae_jax import codes, compression
+from vqvae_jax import codes, compression, entropy
 from vqvae_jax.errors import DataError
 
 
@@ -99,6 +99,13 @@ def test_files_are_replaced_only_if_asked(run, volume):
 def test_a_name_that_does_not_say_vqz_is_refused(run, volume, name):
     with pytest.raises(DataError, match=r"ends in \.vqz"):
         compression.encode_file(run, volume, volume.with_name(name))
+
+
+def test_more_codes_than_a_file_may_have_are_refused(run, volume, tmp_path, monkeypatch):
+    monkeypatch.setattr(entropy, "MAX_CODES", run.config.model.num_codes - 1)
+    with pytest.raises(DataError, match="kinds of codes"):
+        compression.encode_file(run, volume, tmp_path / "a.vqz")
+    assert not (tmp_path / "a.vqz").exists()
 
 
 @pytest.mark.slow

@@ -65,6 +65,14 @@ def test_what_cannot_work_is_refused_in_one_line(place, arguments, words):
     assert not (place / "out").exists()
 
 
+def test_an_output_that_is_another_input_is_refused(place):
+    for name in ("deep/a.nii", "deep/deep/a.nii"):
+        write_case(place / name, np.arange(32 * 16, dtype=np.int16).reshape(32, 16))
+    before = files_in(place / "deep")
+    assert refused(reconstruct(place, "deep", ".", "--overwrite"), "deep/a.nii: is a file of the input")
+    assert files_in(place / "deep") == before
+
+
 def test_ctrl_c_leaves_no_part_of_a_file(place):
     write_case(place / "in/below/long.nii", np.random.default_rng(0).integers(0, 999, (32, 16, 30000), np.int16))
     command = [sys.executable, ROOT / "scripts/reconstruct.py", "in", "out", "--workdir", "runs/tiny"]

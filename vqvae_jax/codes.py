@@ -26,8 +26,9 @@ VERSION = 1
 MAX_VOXELS_PER_BYTE = MAX_DEFLATE_RATIO
 """A file is padded to this, so that its size bounds what its reader allocates, as a NIfTI file's does."""
 MAX_WORK_PER_BYTE = 1 << 18
-WORK_PER_CODE = 1 << 12
-"""A file is padded to one byte for this much work, WORK_PER_CODE + K a code: so its size bounds the time, too."""
+WORK_PER_GRID, WORK_PER_CODE = 1 << 20, 1 << 12
+"""A file is padded to one byte for this much work, WORK_PER_GRID a slice and level and WORK_PER_CODE + K a code: so its
+size bounds the time, too."""
 MAX_LEVELS = 2
 
 _PREFIX = struct.Struct("<8sHI")  # magic, version, bytes of deflated header
@@ -119,6 +120,8 @@ def save(path: Path, file: CodeFile) -> int:
 def load(path: Path) -> CodeFile:
     """Reads a .vqz file. Raises DataError, with the file's name, as ``from_bytes`` does."""
     try:
+        if path.is_fifo():  # which would be waited for
+            raise DataError("is a pipe; expected a file")
         return from_bytes(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: cannot be opened ({error.strerror or error})") from error
@@ -128,7 +131,7 @@ def load(path: Path) -> CodeFile:
 
 def _least_size(shape: tuple[int, ...], levels: list[tuple[tuple[int, ...], int]]) -> int:
     """Bytes that a file with so many voxels, and levels of such shapes and K, has at least."""
-    work = sum(math.prod(level) * (WORK_PER_CODE + num_codes) for level, num_codes in levels)
+    work = sum(level[0] * WORK_PER_GRID + math.prod(level) * (WORK_PER_CODE + num_codes) for level, num_codes in levels)
     return max(-(-work // MAX_WORK_PER_BYTE), -(-math.prod(shape) // MAX_VOXELS_PER_BYTE))
 
 

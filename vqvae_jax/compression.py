@@ -4,7 +4,7 @@ import dataclasses
 import gzip
 from pathlib import Path
 
-from vqvae_jax import codes
+from vqvae_jax import codes, entropy
 from vqvae_jax.data import nifti, nifti_write
 from vqvae_jax.errors import DataError
 from vqvae_jax.inference import NiftiCodes, Run
@@ -50,13 +50,19 @@ def encode_file(
     """Writes a NIfTI file's codes as a .vqz file, whole or not at all.
 
     Raises:
-      DataError: the file cannot be read; or the output exists, and ``overwrite`` is not set, or cannot be written.
+      DataError: the file cannot be read; or the output exists, and ``overwrite`` is not set, or cannot be written; or
+        the model has more codes than a .vqz file may have.
     """
     nifti_write.check_target(path_out, overwrite=overwrite, suffixes=SUFFIXES)
+    if run.config.model.num_codes > entropy.MAX_CODES:
+        raise DataError(
+            f"{path_out}: cannot hold the model's {run.config.model.num_codes} kinds of codes; use a model with "
+            f"{entropy.MAX_CODES} or fewer"
+        )
     encoded = run.encode_nifti(path, slice_axis=slice_axis, progress=progress)
     num_codes = (run.config.model.num_codes,) * len(encoded.codes.levels)
-    size = codes.save(path_out, codes.CodeFile(encoded, num_codes, run.fingerprint))
     stored = nifti.read_bytes(path)[len(encoded.header) :]
+    size = codes.save(path_out, codes.CodeFile(encoded, num_codes, run.fingerprint))
     return Compression(
         size=size,
         input_size=path.stat().st_size,

@@ -350,7 +350,8 @@ class Config:
     """The whole configuration of a run, as written to its config.json."""
 
     preset: Literal["hipmri", "reference", "demo"] = "reference"
-    """The settings to start from; every other flag changes one of them."""
+    """The settings to start from; every other flag changes one of them. (``Config()`` itself is PUBLISHED: the
+    reference recipe at 256 x 128.)"""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()

@@ -60,7 +60,8 @@ class NiftiCodes:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NiftiResult:
-    """How well a file was reconstructed: SSIM and PSNR (dB) of each slice, in [0, 1] scale as evaluation takes them.
+    """How well a file was reconstructed: SSIM and PSNR (dB) of each slice, in [0, 1] scale as evaluation takes them:
+    of the model's image, before it is rounded to the file's number type.
 
     ``slice_axis`` and ``axis_reason`` are those of ``NiftiCodes``.
     """

@@ -30,9 +30,10 @@ def choose(volume: nifti.Volume, asked: int | None, fallback: int) -> tuple[int 
     named = _named(volume.header)
     if named is not None:
         return named, "by the header's dim_info"
-    spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
+    with np.errstate(over="ignore"):  # a damaged affine
+        spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
     least, middle, greatest = np.argsort(spacing, kind="stable")
-    if spacing[least] > 0 and spacing[greatest] >= NEARLY_ISOTROPIC * spacing[least]:
+    if spacing[least] > 0 and np.isfinite(spacing).all() and spacing[greatest] >= NEARLY_ISOTROPIC * spacing[least]:
         below, above = spacing[middle] / spacing[least], spacing[greatest] / spacing[middle]
         axis = greatest if above >= below else least
         others = " and ".join(f"{spacing[other]:.3g}" for other in range(3) if other != axis)
