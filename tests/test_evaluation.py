@@ -9,7 +9,7 @@ import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from vqvae_jax import evaluation, losses, metrics, training, workdir
-from vqvae_jax.config import PRESETS, LossConfig
+from vqvae_jax.config import PRESETS, PUBLISHED, LossConfig
 from vqvae_jax.data import loader, nifti
 from vqvae_jax.models import vgg16
 
@@ -31,7 +31,7 @@ def record(index, shape):
 
 @pytest.fixture(scope="module", params=["pad-crop", "resize"])
 def setup(request):
-    base = PRESETS["hipmri"]
+    base = PUBLISHED
     config = dataclasses.replace(
         base,
         model=dataclasses.replace(base.model, image_size=SIZE, hidden_channels=8, embedding_dim=4, num_embeddings=16),
