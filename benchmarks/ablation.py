@@ -81,6 +81,8 @@ LONGER = {
     "warm-up, cosine, flips and small moves": (*COSINE, "--flip", *MOVES),
 }
 """Each with all of ADDED: what is for longer training than tells the others apart."""
+RATES = {f"rate {rate}": ("--learning-rate", rate) for rate in ("1e-4", "3e-4", "1e-3")}
+"""Each with all of ADDED: which rate is best depends on the width, so that these are for the full one."""
 METRICS = ("ssim", "ms_ssim", "psnr", "codebook_usage", "bits_per_pixel", "bits_per_pixel_entropy")
 
 
@@ -92,7 +94,7 @@ def recipes() -> dict[str, tuple[str, ...]]:
         found[f"+ {name}" if found else name] = flags
     shared = found[f"+ {LAST_SHARED}"]
     found |= {f"up to the {LAST_SHARED}, {name}": shared + more for name, more in ALTERNATIVES.items()}
-    return found | {f"all of these, {name}": flags + more for name, more in LONGER.items()}
+    return found | {f"all of these, {name}": flags + more for name, more in (LONGER | RATES).items()}
 
 
 def shrink(data: Path, factor: int, folder: Path) -> Path:

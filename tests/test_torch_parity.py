@@ -43,7 +43,7 @@ def difference(ours, theirs):
 def report(record_property, row, worst):
     """Shown by pytest -rP, and kept in its XML."""
     print(f"largest difference, {row}: {worst:.2e}")
-    record_property(row, worst)
+    record_property(row, float(worst))
 
 
 def published(record, name):

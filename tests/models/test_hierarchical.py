@@ -106,7 +106,8 @@ def test_codes_alone_give_the_reconstruction():
 def test_the_image_depends_on_the_codes_of_both_levels(level):
     """On each: another code at one place changes pixels there, by more than rounding."""
     codes = [np.array(indices) for indices in method("to_codes")(trained(), images())]
-    before = method("from_codes")(trained(), tuple(codes))
+    # Waited for: JAX may read the NumPy array only when it comes to it, changed by then.
+    before = jax.block_until_ready(method("from_codes")(trained(), tuple(codes)))
     codes[level][0, 1, 1] = (codes[level][0, 1, 1] + 1) % K
     change = np.abs(method("from_codes")(trained(), tuple(codes)) - before)
     square = MODEL.downsampling * 2**level
