@@ -148,6 +148,16 @@ def named_folder(tmp_path, volume):
     return volume.voxels, volume.header
 
 
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "taken").touch()
+    with pytest.raises(DataError, match=rf"^{tmp_path}/taken/b/a.nii: cannot be written: {tmp_path}/taken is a file"):
+        nifti_write.check_target(tmp_path / "taken/b/a.nii")
+    nifti_write.check_target(tmp_path / "new/b/a.nii")
+    monkeypatch.setattr("os.access", lambda folder, mode: folder != tmp_path)
+    with pytest.raises(DataError, match=rf"^{tmp_path}/new/a.nii: cannot be written: no permission .*{tmp_path};"):
+        nifti_write.check_target(tmp_path / "new/a.nii")
+
+
 @pytest.mark.parametrize("damage", [lambda h: h[:-4], lambda h: h + bytes(4), lambda h: h[:100], lambda h: b""])
 def test_a_header_that_does_not_end_at_the_voxels_is_refused(damage):
     volume = read(image().to_bytes())

@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import os
 from pathlib import Path
 
 import nibabel
@@ -24,13 +25,19 @@ def check_writable(header: bytes) -> None:
 
 
 def check_target(path: Path, *, overwrite: bool = False, suffixes: tuple[str, ...] = SUFFIXES) -> None:
-    """Raises DataError where ``path`` is no name for such a file, or is taken and ``overwrite`` is not set."""
+    """Raises DataError where ``path`` is no name for such a file, is taken and ``overwrite`` is not set, or lies in no
+    folder that can be written to: what is known before the work is done."""
     if not path.name.endswith(suffixes) or path.name in suffixes:
         raise DataError(f"{path}: cannot tell the format; give a name that ends in {' or '.join(suffixes)}")
     if path.is_dir():
         raise DataError(f"{path}: is a folder; give the name of a file")
     if path.exists() and not overwrite:
         raise DataError(f"{path}: exists; choose another name, or allow it to be replaced with --overwrite")
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if not nearest.is_dir():
+        raise DataError(f"{path}: cannot be written: {nearest} is a file, not a folder; choose another name")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise DataError(f"{path}: cannot be written: no permission for the folder {nearest}; choose another")
 
 
 def write(path: Path, voxels: np.ndarray, header: bytes, *, overwrite: bool = False) -> None:
