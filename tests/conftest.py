@@ -14,7 +14,7 @@ REAL_DATA = ROOT.parent / "shared" / "data"
 TINY = [
     *("--platform", "cpu", "--preset", "demo", "--image-size", "32", "16", "--hidden-channels", "8"),
     *("--embedding-dim", "4", "--num-embeddings", "32", "--phantom-cases", "6", "--phantom-slices", "4"),
-    *("--batch-size", "8", "--schedule", "steps", "--warmup-steps", "0"),
+    *("--batch-size", "8", "--schedule", "steps", "--warmup-steps", "0", "--code-dim", "0", "--residual", "post"),
 ]
 # A shell's background jobs ignore SIGINT, and so would the commands that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

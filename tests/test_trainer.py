@@ -26,11 +26,10 @@ def place(tmp_path_factory):
 def tiny(**training_fields):
     demo = config.PRESETS["demo"]
     training_fields = {"schedule": "steps", "warmup_steps": 0} | training_fields
+    sizes = {"image_size": (32, 16), "hidden_channels": 8, "embedding_dim": 4, "num_embeddings": 32, "code_dim": 0}
     return dataclasses.replace(
         demo,
-        model=dataclasses.replace(
-            demo.model, image_size=(32, 16), hidden_channels=8, embedding_dim=4, num_embeddings=32
-        ),
+        model=dataclasses.replace(demo.model, **sizes, residual="post"),
         data=dataclasses.replace(demo.data, phantom_cases=6, phantom_slices=4),
         training=dataclasses.replace(demo.training, batch_size=8, sample_images=0, **training_fields),
     )

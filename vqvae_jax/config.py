@@ -367,6 +367,7 @@ PRESETS: dict[str, Config] = {
         preset="hipmri",
         model=ModelConfig(codebook_update="ema", latent_norm=False, code_dim=16, residual="pre"),
         loss=LossConfig(ssim_weight=0.5),
+        training=TrainingConfig(learning_rate=3e-4),
     ),
     "reference": dataclasses.replace(
         PUBLISHED, model=ModelConfig(image_size=(256, 256)), data=DataConfig(fit="resize")
@@ -380,6 +381,8 @@ PRESETS: dict[str, Config] = {
             num_embeddings=256,
             codebook_update="ema",
             latent_norm=False,
+            code_dim=16,
+            residual="pre",
         ),
         data=DataConfig(data="phantom"),
         loss=LossConfig(perceptual_layers=("relu1_1",), vgg_weights="random", ssim_weight=0.5),
