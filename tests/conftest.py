@@ -49,7 +49,10 @@ def run_script(name, *arguments, cwd, **environment):
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """Folder in which a tiny model was trained on a tiny phantom, into runs/tiny; and what that printed."""
+    """Folder in which a tiny model was trained on a tiny phantom, into runs/tiny; and what that printed.
+
+    Tests of several files share it in any order: they add no run to it, which would be the newest one.
+    """
     place = tmp_path_factory.mktemp("tiny")
     done = run_script("train.py", *TINY, "--epochs", 3, "--workdir", "runs/tiny", cwd=place)
     assert done.returncode == 0, done.stderr

@@ -83,10 +83,9 @@ def test_resuming_with_another_network_is_refused(tiny_run):
     assert refused(done, "--hidden-channels", "8")
 
 
-def test_sigterm_saves_and_says_how_to_go_on(tiny_run):
-    place, _ = tiny_run
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
     command = [sys.executable, ROOT / "scripts/train.py", *TINY, "--epochs", "5000", "--workdir", "runs/stopped"]
-    with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, text=True) as training:
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as training:
         while "Epoch [2/" not in training.stdout.readline():
             assert training.poll() is None
         training.send_signal(signal.SIGTERM)
@@ -94,7 +93,7 @@ def test_sigterm_saves_and_says_how_to_go_on(tiny_run):
     assert training.returncode == 0
     assert "Go on with: python scripts/train.py --resume --workdir runs/stopped" in rest
     done = run_script(
-        "train.py", "--resume", "--workdir", "runs/stopped", "--epochs", 2, "--platform", "cpu", cwd=place
+        "train.py", "--resume", "--workdir", "runs/stopped", "--epochs", 2, "--platform", "cpu", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert "Resuming at step" in done.stdout
