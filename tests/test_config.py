@@ -225,7 +225,8 @@ def test_cosine_needs_more_than_two_directions():
 
 
 def test_options_of_a_codebook_go_together():
-    ModelConfig(**OPTIONS)
+    config = ModelConfig(**OPTIONS)
+    assert {name: getattr(config, name) for name in OPTIONS} == OPTIONS
 
 
 def test_number_of_codes_is_that_of_the_quantizer():
