@@ -26,14 +26,22 @@ from vqvae_jax.models import vgg_weights
 
 METRICS = {"ssim": ("SSIM", 1), "psnr": ("PSNR, dB", 1), "perceptual": ("perceptual distance", -1)}
 """What each is called, and whether more of it is better (1) or less (-1)."""
-RATES = {"bits_per_pixel": "log2 K a code", "bits_per_pixel_entropy": "the codes' entropy"}
+COUNTS = {
+    "log2 K a code": ("bits_per_pixel", False),
+    "the codes' entropy": ("bits_per_pixel_entropy", False),
+    "log2 K a code, no codec's header": ("bits_per_pixel", True),
+}
+"""How bits are counted -> of which of a run's metrics, and whether the codecs' headers are left out too."""
 _PROTOCOL = (
     "Every metric is taken on the slice's own grid against the original in [0, 1] and averaged over the slices; SSIM "
     "by scikit-image's definition (7x7 uniform window, data_range 1). The codecs get the slices in 8 bits; their bits "
     "are those of whole files, headers included, over all pixels, and their figures at a run's rate are interpolated "
     "between settings. A run's bits are its codes' alone: log2 K each, or the entropy of their frequencies in these "
-    "slices, which an ideal entropy coder that knows them would need. Neither counts a file header or the model."
+    "slices, which an ideal entropy coder that knows them would need. Neither counts a file header or the model; where "
+    "no codec's header is counted either, a codec is given the bytes of its file of one pixel beyond the run's rate."
 )
+Curves = dict[str, dict[str, np.ndarray]]
+"""Codec -> what ``_image_codecs.curves`` found of it."""
 _DRAWN_RATES = (0.03, 3)
 _TICKS = (0.03, 0.06, 0.125, 0.25, 0.5, 1, 2)
 _DPI = 110
@@ -71,16 +79,24 @@ def check_same_slices(runs: Sequence[Run]) -> None:
             )
 
 
-def verdict(run: Run, rate: str, metric: str, curves: dict[str, dict[str, np.ndarray]]) -> str:
-    """Who wins at a run's rate, in one sentence."""
-    bits, own = run.summary[rate], run.summary[metric]
+def verdict(run: Run, counted: str, metric: str, curves: Curves, headers: dict[str, float]) -> str:
+    """Who wins at a run's rate, in one sentence. ``headers``: each codec's, in bits a pixel of these slices."""
+    bits, values = _at_run(run, counted, metric, curves, headers)
     name, sign = METRICS[metric]
-    values = {codec: _image_codecs.at_rate(curve, bits, metric) for codec, curve in curves.items()}
-    contenders = {f"`{run.name}`": own} | {codec: value for codec, value in values.items() if not math.isnan(value)}
+    contenders = {f"`{run.name}`": run.summary[metric]}
+    contenders |= {codec: value for codec, value in values.items() if not math.isnan(value)}
     order = sorted(contenders, key=lambda who: -sign * contenders[who])
     ranking = ", then ".join(f"{who} ({_digits(metric, contenders[who])})" for who in order)
     absent = "".join(f"; {_absence(codec, curves[codec], bits)}" for codec in values if codec not in contenders)
-    return f"{name} at {bits:.3f} bits a pixel ({RATES[rate]}): **{order[0]} wins**. {ranking}{absent}."
+    return f"{name} at {bits:.3f} bits a pixel ({counted}): **{order[0]} wins**. {ranking}{absent}."
+
+
+def _at_run(run: Run, counted: str, metric: str, curves: Curves, headers: dict[str, float]) -> tuple[float, dict]:
+    """A run's bits a pixel, and the codecs' values of a metric there; NaN where they have none."""
+    rate, without_headers = COUNTS[counted]
+    bits = run.summary[rate]
+    extra = headers if without_headers else dict.fromkeys(headers, 0)
+    return bits, {codec: _image_codecs.at_rate(curve, bits + extra[codec], metric) for codec, curve in curves.items()}
 
 
 def _absence(codec: str, curve: dict[str, np.ndarray], bits: float) -> str:
@@ -94,45 +110,46 @@ def _digits(metric: str, value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2f}" if metric == "psnr" else f"{value:.4f}"
 
 
-def tables(runs: Sequence[Run], codecs: Sequence[_image_codecs.Codec], curves: dict[str, dict[str, np.ndarray]]) -> str:
+def tables(runs: Sequence[Run], codecs: Sequence[_image_codecs.Codec], curves: Curves) -> str:
     """The Markdown file: how it was measured, a table a metric, who wins, and what the files' headers cost."""
     samples = runs[0].samples
     pixels = sum(sample.pixels.size for sample in samples) / len(samples)
     cases = len({sample.case for sample in samples})
     measured = f"{len(samples)} test slices of {cases} case(s), {pixels:.0f} pixels each on average. {_PROTOCOL}"
+    smallest = {codec.name: codec.smallest() for codec in codecs}
+    headers = {name: 8 * size / pixels for name, size in smallest.items()}
     blocks = ["# Rate and distortion", measured]
     for metric, (name, sign) in METRICS.items():
         if metric in runs[0].summary:
             better = "higher" if sign > 0 else "lower"
-            blocks += [f"## {name} ({better} is better)", _comparison(runs, metric, curves)]
-            blocks.append("\n".join(_verdicts(runs, metric, curves)))
+            blocks += [f"## {name} ({better} is better)", _comparison(runs, metric, curves, headers)]
+            blocks.append("\n".join(_verdicts(runs, metric, curves, headers)))
     bits = runs[0].summary["bits_per_pixel"]
-    rows = []
-    for codec in codecs:
-        smallest = codec.smallest()
-        rows.append((codec.name, codec.effort, str(smallest), f"{8 * smallest / pixels / bits:.0%}"))
+    rows = [
+        (codec.name, codec.effort, str(smallest[codec.name]), f"{headers[codec.name] / bits:.0%}") for codec in codecs
+    ]
     header = ("codec", "set to", "bytes of a file of one pixel", f"share of {bits:.3f} bits a pixel")
     blocks += ["## What headers cost", _measure.table(header, rows), f"Measured on {_measure.machine()}."]
     return "\n\n".join(blocks) + "\n"
 
 
-def _comparison(runs: Sequence[Run], metric: str, curves: dict[str, dict[str, np.ndarray]]) -> str:
+def _comparison(runs: Sequence[Run], metric: str, curves: Curves, headers: dict[str, float]) -> str:
     rows = []
     for run in runs:
-        for rate, counted in RATES.items():
-            bits = run.summary[rate]
-            values = [run.summary[metric], *(_image_codecs.at_rate(curve, bits, metric) for curve in curves.values())]
-            rows.append((f"`{run.name}`", counted, f"{bits:.3f}", *(_digits(metric, value) for value in values)))
+        for counted in COUNTS:
+            bits, values = _at_run(run, counted, metric, curves, headers)
+            digits = (_digits(metric, value) for value in (run.summary[metric], *values.values()))
+            rows.append((f"`{run.name}`", counted, f"{bits:.3f}", *digits))
     return _measure.table(("run", "bits counted by", "bits a pixel", "the run", *curves), rows)
 
 
-def _verdicts(runs: Sequence[Run], metric: str, curves: dict[str, dict[str, np.ndarray]]) -> Iterator[str]:
+def _verdicts(runs: Sequence[Run], metric: str, curves: Curves, headers: dict[str, float]) -> Iterator[str]:
     for run in runs:
-        for rate in RATES:
-            yield f"- {verdict(run, rate, metric, curves)}"
+        for counted in COUNTS:
+            yield f"- {verdict(run, counted, metric, curves, headers)}"
 
 
-def draw(path: Path, runs: Sequence[Run], curves: dict[str, dict[str, np.ndarray]]) -> None:
+def draw(path: Path, runs: Sequence[Run], curves: Curves) -> None:
     """Writes a PNG with a panel a metric: the codecs' curves, and two points a run."""
     shown = [metric for metric in METRICS if metric in runs[0].summary]
     figure = Figure(figsize=(5.5 * len(shown), 5), layout="constrained")
@@ -141,7 +158,7 @@ def draw(path: Path, runs: Sequence[Run], curves: dict[str, dict[str, np.ndarray
         for name, curve in curves.items():
             axis.plot(curve["bits_per_pixel"], curve[metric], label=name, linewidth=1.5)
         for number, run in enumerate(runs):
-            spent, ideal = (run.summary[rate] for rate in RATES)
+            spent, ideal = (run.summary[rate] for rate in ("bits_per_pixel", "bits_per_pixel_entropy"))
             colour, value = f"C{len(curves) + number}", run.summary[metric]
             axis.plot([ideal, spent], [value, value], color=colour, linewidth=0.8)
             axis.plot(spent, value, "o", color=colour, label=f"{run.name}, log2 K a code")

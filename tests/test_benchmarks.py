@@ -128,12 +128,26 @@ def test_rate_distortion(tiny_run, tmp_path):
     assert first[3:5] == [f"{evaluated['bits_per_pixel']:.3f}", f"{evaluated['ssim']:.4f}"]
     text = (tmp_path / "rate_distortion.md").read_text()
     sentences = [line for line in text.splitlines() if line.startswith("- SSIM")]
-    assert len(sentences) == 2
+    assert len(sentences) == 3
     for sentence, row in zip(sentences, rows, strict=False):
         names = ("`tiny`", "JPEG", "JPEG 2000", "WebP", "AVIF")
         values = [cell.strip() for cell in row.split("|")[4:9]]
         best = max((float(value), name) for value, name in zip(values, names, strict=True) if value != "-")[1]
         assert f"**{best} wins**" in sentence
+
+
+def test_a_codec_gets_its_header_free_where_none_is_counted(benchmark_module):
+    rate_distortion = benchmark_module("rate_distortion")
+    run = rate_distortion.Run("ours", {"bits_per_pixel": 0.5, "bits_per_pixel_entropy": 0.4, "psnr": 27.5}, [])
+    rates = np.geomspace(0.25, 2, 40)
+    curves = {"WebP": {"bits_per_pixel": rates, "psnr": 28 + 6 * np.log2(rates / 0.5)}}
+    found = {
+        counted: rate_distortion.verdict(run, counted, "psnr", curves, {"WebP": 0.5})
+        for counted in rate_distortion.COUNTS
+    }
+    assert "at 0.500 bits a pixel (log2 K a code): **WebP wins**. WebP (28.00)" in found["log2 K a code"]
+    assert "**`ours` wins**" in found["the codes' entropy"]
+    assert "**WebP wins**. WebP (34.00)" in found["log2 K a code, no codec's header"]
 
 
 def test_rate_distortion_names_what_is_no_run(tmp_path):
