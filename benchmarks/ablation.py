@@ -98,11 +98,17 @@ def recipes() -> dict[str, tuple[str, ...]]:
 
 
 def shrink(data: Path, factor: int, folder: Path) -> Path:
-    """Copies the slices of ``data``, its splits kept, with sides divided by ``factor``, anti-aliased."""
+    """Copies the slices of ``data``, its splits kept, with sides divided by ``factor``, anti-aliased.
+
+    Raises:
+      ConfigError: ``data`` holds volumes, or ``folder`` slices of other data, which would be trained on too.
+    """
     names = {split: name for name, split in source.SPLIT_FOLDERS.items()}
     files = source.Source(data)
-    for entry in files.entries:
-        target = folder / names[entry.split] / entry.name.replace("/", "_")
+    targets = {entry: folder / names[entry.split] / entry.name.replace("/", "_") for entry in files.entries}
+    if others := set(folder.rglob("*.nii*")) - set(targets.values()):
+        raise ConfigError(f"--out: {folder} holds slices of other data ({min(others).name}); give another folder")
+    for entry, target in targets.items():
         if target.exists():
             continue
         piece, *others = nifti.slices(files.read(entry))

@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 
+import nibabel
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
 from skimage.metrics import structural_similarity
+
+from vqvae_jax.errors import ConfigError
 
 SMALL_MODEL = ("--image-size", 32, 16, "--hidden-channels", 8, "--rounds", 1, "--steps", 1)
 
@@ -217,3 +220,19 @@ def test_a_model_that_changes_nothing_scores_1(benchmark_module):
     assert (scores.ssim[published.IMAGES] < 0.5).all()  # intensities are no image in [0, 1]
     z = (raw[0] - raw[0].mean()) / raw[0].std()
     assert scores.originals[0].mean() == pytest.approx(z.clip(0, 1).mean(), abs=0.15)
+
+
+def test_shrunken_slices_are_of_one_set_of_data(benchmark_module, tmp_path):
+    ablation = benchmark_module("ablation")
+    for split in ("train", "validate", "test"):
+        path = tmp_path / "data" / f"keras_slices_{split}" / f"case_{split}_week_0_slice_0.nii"
+        path.parent.mkdir(parents=True)
+        nibabel.save(nibabel.Nifti1Image(np.full((32, 16), 7, np.int16), np.eye(4)), path)
+    for _ in range(2):  # the second time it finds them
+        ablation.shrink(tmp_path / "data", 2, tmp_path / "small")
+    made = sorted(tmp_path.glob("small/*/*"))
+    assert len(made) == 3
+    assert {nibabel.load(path).shape for path in made} == {(16, 8)}
+    made[0].rename(made[0].with_name("of_other_data.nii"))
+    with pytest.raises(ConfigError, match=r"of_other_data\.nii.*another folder"):
+        ablation.shrink(tmp_path / "data", 2, tmp_path / "small")
