@@ -106,8 +106,8 @@ def shrink(data: Path, factor: int, folder: Path) -> Path:
     names = {split: name for name, split in source.SPLIT_FOLDERS.items()}
     files = source.Source(data)
     targets = {entry: folder / names[entry.split] / entry.name.replace("/", "_") for entry in files.entries}
-    if others := set(folder.rglob("*.nii*")) - set(targets.values()):
-        raise ConfigError(f"--out: {folder} holds slices of other data ({min(others).name}); give another folder")
+    if strays := set(folder.rglob("*.nii*")) - set(targets.values()):
+        raise ConfigError(f"--out: {folder} holds slices of other data ({min(strays).name}); give another folder")
     for entry, target in targets.items():
         if target.exists():
             continue

@@ -13,6 +13,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions added to their input, activation after the sum: [B, C, H, W] to the same."""
+
     def __init__(self, channels):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
@@ -24,6 +26,8 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    """Attention of each position to all others, weighed by ``gamma``, which starts at 0: [B, C, H, W] to the same."""
+
     def __init__(self, channels):
         super().__init__()
         self.query_conv = nn.Conv2d(channels, channels // 8, 1)
@@ -38,6 +42,8 @@ class SelfAttention(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Images [B, channels, H, W] to latents [B, dim, H / 4, W / 4]."""
+
     def __init__(self, channels, hidden, dim):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(channels, hidden // 2, 4, 2, 1), nn.BatchNorm2d(hidden // 2)
@@ -53,6 +59,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Latents [B, dim, H / 4, W / 4] to images [B, channels, H, W] in [0, 1]."""
+
     def __init__(self, channels, hidden, dim):
         super().__init__()
         self.conv1, self.bn1 = nn.ConvTranspose2d(dim, hidden, 3, 1, 1), nn.BatchNorm2d(hidden)
@@ -69,6 +77,8 @@ class Decoder(nn.Module):
 
 
 class VectorQuantizer(nn.Module):
+    """Latents [B, D, h, w] to those of the nearest codes (straight-through), the loss, and indices [B, h, w]."""
+
     def __init__(self, codes, dim, commitment, channels_last):
         super().__init__()
         self.embedding = nn.Embedding(codes, dim)
@@ -87,6 +97,8 @@ class VectorQuantizer(nn.Module):
 
 
 class VQVAE(nn.Module):
+    """Images [B, channels, H, W] to their reconstructions, the loss of the quantizer, and indices [B, H / 4, W / 4]."""
+
     def __init__(self, *, channels=1, hidden=256, dim=128, codes=1024, commitment=0.25, channels_last=False):
         super().__init__()
         self.encoder = Encoder(channels, hidden, dim)
