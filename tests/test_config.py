@@ -35,11 +35,9 @@ NAN, INFINITY = float("nan"), float("inf")
 
 
 def edited(group, name, value):
-    """The default configuration's JSON with one field set to another value, or left out."""
+    """The default configuration's JSON with one field set to another value."""
     values = json.loads(to_json(Config()))
-    values[group].pop(name, None)
-    if value is not ...:
-        values[group][name] = value
+    values[group][name] = value
     return json.dumps(values)
 
 
@@ -60,6 +58,7 @@ def test_every_field_survives_json():
         "case_pattern": r"\d+",
         "quantizer": "fsq",
         "codebook_update": "ema",
+        "codebook_init": "random",
         "entropy_weight": 0.1,
         "gradient_estimator": "rotation",
         "fsq_levels": (7, 5, 4),
@@ -97,11 +96,22 @@ def test_what_is_no_configuration_is_refused_by_file(text):
         from_json(text, "runs/a/config.json")
 
 
+def test_settings_that_an_older_file_lacks_have_their_defaults():
+    """Whole groups have not: without one it is no configuration."""
+    model = ModelConfig(hidden_channels=32, codebook_update="ema")
+    values = json.loads(to_json(Config(model=model)))
+    del values["model"]["revive_below"]
+    assert from_json(json.dumps(values)).model == model
+    for group in GROUPS:
+        rest = {name: value for name, value in values.items() if name != group}
+        with pytest.raises(ConfigError, match=rf"^a/config\.json: missing field {group};"):
+            from_json(json.dumps(rest), "a/config.json")
+
+
 @pytest.mark.parametrize(
     ("group", "name", "value"),
     [
         ("model", "depth", 3),  # unknown
-        ("model", "hidden_channels", ...),  # missing
         ("model", "hidden_channels", "256"),
         ("model", "hidden_channels", 256.0),
         ("model", "latent_norm", 1),
@@ -143,6 +153,8 @@ def test_wrong_fields_are_refused_by_file_and_field(group, name, value):
         ("model", "commitment_cost", -0.1),
         ("model", "commitment_cost", NAN),
         ("model", "ema_decay", 1.0),
+        ("model", "revive_below", 1.0),
+        ("model", "revive_below", -0.1),
         ("model", "code_dim", -1),
         ("model", "code_dim", 129),
         ("model", "entropy_weight", -0.1),
@@ -197,6 +209,8 @@ def test_bad_values_are_refused_by_flag(group, name, value):
 
 OPTIONS = {
     "codebook_update": "ema",
+    "codebook_init": "random",
+    "revive_below": 0.0,
     "cosine_codes": True,
     "code_dim": 8,
     "entropy_weight": 0.1,

@@ -18,7 +18,10 @@ LARGEST_SEED = 2**32 - 1
 """jax.random.key takes no more than 32 bits of a seed."""
 MOST_CODES = 2**24
 """Counts of codes are float32, which holds every whole number up to this."""
-CODEBOOK_OPTIONS = ("codebook_update", "cosine_codes", "code_dim", "entropy_weight", "gradient_estimator")
+CODEBOOK_OPTIONS = (
+    *("codebook_update", "codebook_init", "revive_below"),
+    *("cosine_codes", "code_dim", "entropy_weight", "gradient_estimator"),
+)
 """Fields of ModelConfig that change how a codebook is learned."""
 ARCHITECTURE_OPTIONS = ("norm", "downsampling", "levels", "residual", "attention", "upsampling")
 """Fields of ModelConfig that make another network than the published one."""
@@ -77,10 +80,14 @@ class ModelConfig:
     commitment_cost: float = 0.25
     """Weight of the term that pulls the encoder's output towards its code."""
     codebook_update: Literal["gradient", "ema"] = "gradient"
-    """What moves the codes: their gradient, or moving averages of the encoder's outputs (started by k-means,
-    with unused codes put back to use)."""
+    """What moves the codes: their gradient, or moving averages of the encoder's outputs."""
+    codebook_init: Literal["kmeans", "random"] = "kmeans"
+    """Where codes start with --codebook-update ema: by k-means on the first batch's latents, or at random."""
     ema_decay: float = 0.97
     """Share of the old averages kept at each step, with --codebook-update ema."""
+    revive_below: float = 0.03
+    """With --codebook-update ema, a code used less than this share of the average takes a random latent of the
+    batch; 0 leaves unused codes be."""
     cosine_codes: bool = False
     """Bring latents and codes to length 1, so that the code at the smallest angle is chosen."""
     code_dim: int = 0
@@ -127,6 +134,7 @@ class ModelConfig:
         _require_positive(self, "embedding_dim")
         _require_not_negative(self, "residual_blocks", "commitment_cost")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "from 0 to below 1")
+        _require(0 <= self.revive_below < 1, "revive_below", self.revive_below, "from 0 to below 1")
         _require(self.num_embeddings >= 2, "num_embeddings", self.num_embeddings, "2 or more")
         self._check_quantizer()
 
@@ -401,9 +409,12 @@ def to_json(config: Config) -> str:
 def from_json(text: str, source: str | Path = "config.json") -> Config:
     """The configuration in ``text``, as ``to_json`` writes it.
 
+    A setting that it lacks has its default, which is what the code did before there was such a setting: older runs
+    can still be read.
+
     Raises:
-      ConfigError: not JSON, an unknown or missing field, or a value of the wrong type or range;
-        the message names ``source`` and the field.
+      ConfigError: not JSON, an unknown setting, a missing group of them, or a value of the wrong type or range;
+        the message names ``source`` and the setting.
     """
     try:
         values = json.loads(text)
@@ -416,21 +427,19 @@ def _from_dict(cls: type, values: Any, source: str | Path, where: str) -> Any:
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: {where or 'the top level'} must be an object, found {type(values).__name__}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    odd = sorted(fields.keys() ^ values.keys())
-    if odd:
+    groups = {name for name, field in fields.items() if dataclasses.is_dataclass(field.type)}
+    if odd := sorted(values.keys() - fields.keys()) or sorted(groups - values.keys()):
         state = "unknown" if odd[0] in values else "missing"
         raise ConfigError(
             f"{source}: {state} field {where}{odd[0]}; the file belongs to another version of vqvae_jax "
             "or was edited by hand"
         )
-    arguments = {}
-    for name, field in fields.items():
-        value = values[name]
-        if dataclasses.is_dataclass(field.type):
-            value = _from_dict(field.type, value, source, f"{where}{name}.")
+    arguments = dict(values)
+    for name, value in values.items():
+        if name in groups:
+            arguments[name] = _from_dict(fields[name].type, value, source, f"{where}{name}.")
         else:
-            _check_type(field, value, source, where)
-        arguments[name] = value
+            _check_type(fields[name], value, source, where)
     try:
         return cls(**arguments)
     except ConfigError as error:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqvae_jax.models.quantizer import CODEBOOK, DEAD_BELOW, EMAVectorQuantizer, VectorQuantizer, entropy_loss
+from vqvae_jax.models.quantizer import CODEBOOK, FEWEST, EMAVectorQuantizer, VectorQuantizer, entropy_loss
 
 K, D, COST = 16, 4, 0.25
 SHAPES = [(2, 8, 4, D), (5, D), (D,), (1, 3, 5, 2, D)]
@@ -319,10 +319,10 @@ def running(codes, counts):
     return {"embedding": codes, "counts": counts, "sums": codes * counts[:, None], "started": np.ones((), bool)}
 
 
-@functools.partial(jax.jit, static_argnames="cosine")
-def ema_step(codebook, latents, cosine=False):
+@functools.partial(jax.jit, static_argnames=("cosine", "kmeans", "revive_below"))
+def ema_step(codebook, latents, **options):
     """Output and new codebook of one training step."""
-    quantizer = ema(len(codebook["counts"]), cosine=cosine)
+    quantizer = ema(len(codebook["counts"]), **options)
     rngs = {CODEBOOK: jax.random.key(0)}
     output, new = quantizer.apply({CODEBOOK: codebook}, latents, train=True, mutable=CODEBOOK, rngs=rngs)
     return output, new[CODEBOOK]
@@ -337,7 +337,7 @@ def test_moving_averages_are_those_of_the_paper():
     np.add.at(sums, chosen, latents)
     new_counts = DECAY * counts + (1 - DECAY) * np.bincount(chosen.ravel(), minlength=K)
     new_sums = DECAY * codes * counts[:, None] + (1 - DECAY) * sums
-    assert new_counts.min() > DEAD_BELOW * new_counts.mean()
+    assert new_counts.min() > EMAVectorQuantizer.revive_below * new_counts.mean()
     np.testing.assert_array_equal(output.indices, chosen)
     np.testing.assert_allclose(output.quantized, codes[chosen], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found["counts"], new_counts, rtol=1e-5)
@@ -352,10 +352,51 @@ def test_dead_codes_become_latents_and_stay_alive():
     counts[3] = 1e-3
     _, found = ema_step(running(codes, counts), latents)
     assert np.abs(latents - found["embedding"][3]).max(axis=1).min() < 1e-5
-    assert found["counts"][3] > 10 * DEAD_BELOW * np.mean(found["counts"])
+    assert found["counts"][3] > 10 * EMAVectorQuantizer.revive_below * np.mean(found["counts"])
     np.testing.assert_allclose(found["sums"], found["embedding"] * found["counts"][:, None], rtol=1e-5, atol=1e-5)
     _, after = ema_step(found, normal(64, D, seed=2))
     assert np.abs(after["embedding"]).max() < 10
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5])
+def test_codes_below_the_share_are_revived_and_no_others(share):
+    """Nine codes that no latent chooses, with averages from 0.05 to 0.9 of those of the others."""
+    codes, latents = normal(K, D), normal(64, D, seed=1)
+    codes[:9] = 1e4
+    counts = np.full(K, 64 / K)
+    counts[:9] *= np.linspace(0.05, 0.9, 9)
+    _, found = ema_step(running(codes, counts), latents, revive_below=share)
+    averages = DECAY * counts + (1 - DECAY) * np.bincount(nearest(codes, latents), minlength=K)
+    revived = np.abs(np.asarray(found["embedding"])[:9]).max(axis=1) < 10
+    np.testing.assert_array_equal(revived, (averages < share * averages.mean())[:9])
+    assert np.any(revived) == (share > 0)
+    assert not np.all(revived)
+
+
+def test_a_code_that_is_never_chosen_or_revived_stays_where_it_is():
+    """Its averages vanish in float32; when latents come to it again, it becomes their mean."""
+    codes, latents = normal(K, D), normal(64, D, seed=1)
+    codes[3] = 50
+    codebook = running(codes, np.ones(K))
+    for _ in range(1200):
+        _, codebook = ema_step(codebook, latents, revive_below=0.0)
+    assert codebook["counts"][3] < FEWEST**2
+    np.testing.assert_allclose(codebook["embedding"][3], 50, rtol=1e-3)
+    back = 60 + normal(64, D, seed=2)
+    _, codebook = ema_step(codebook, back, revive_below=0.0)
+    np.testing.assert_allclose(codebook["embedding"][3], back.mean(axis=0), rtol=1e-5)
+
+
+def test_without_k_means_the_first_batch_moves_the_codes_as_any_other():
+    latents = 5 + normal(256, D)
+    initial = jax.device_get(jax.jit(ema(kmeans=False).init)(jax.random.key(0), latents)[CODEBOOK])
+    chosen = nearest(initial["embedding"], latents)
+    output, found = ema_step(initial, latents, kmeans=False, revive_below=0.0)
+    np.testing.assert_array_equal(output.indices, chosen)
+    counts, sums = DECAY * np.ones(K), DECAY * np.float64(initial["embedding"])
+    np.add.at(counts, chosen, 1 - DECAY)
+    np.add.at(sums, chosen, (1 - DECAY) * latents)
+    np.testing.assert_allclose(found["embedding"], sums / counts[:, None], rtol=1e-4, atol=1e-6)
 
 
 def test_first_batch_sets_the_codes_and_later_ones_move_them():

@@ -34,6 +34,7 @@ OPTIONS = {
     "rotation": ROTATION,
     "fsq": {"quantizer": "fsq", "fsq_levels": (5, 4)},
     "all with a gradient": COSINE | PROJECTION | ENTROPY | ROTATION,
+    "averages alone": EMA | {"codebook_init": "random", "revive_below": 0.0},
     "all with averages": EMA | COSINE | PROJECTION | ENTROPY | ROTATION,
 }
 
@@ -124,6 +125,7 @@ def test_codes_alone_give_what_the_decoder_is_given(option):
 
 def test_each_field_reaches_the_quantizer():
     fields = {"entropy_weight": 0.3, "entropy_temperature": 0.7, "commitment_cost": 0.6, "ema_decay": 0.8}
+    fields |= {"codebook_init": "random", "revive_below": 0.2}
     for update in ("gradient", "ema"):
         model = dataclasses.replace(config("cosine").model, **fields, codebook_update=update)
         quantizer = make_quantizer(model, "devices")
@@ -132,7 +134,8 @@ def test_each_field_reaches_the_quantizer():
         }
         assert found == {name: fields[name] for name in found}
         assert (quantizer.cosine, quantizer.axis_name) == (True, "devices")
-        assert update == "gradient" or quantizer.decay == 0.8
+        if update == "ema":
+            assert (quantizer.decay, quantizer.kmeans, quantizer.revive_below) == (0.8, False, 0.2)
         projected = make_quantizer(dataclasses.replace(model, code_dim=3), "devices")
         assert projected.quantizer == quantizer.copy(embedding_dim=3)
     assert make_quantizer(config("rotation").model).estimator is rotation_trick

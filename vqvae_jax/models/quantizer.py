@@ -17,8 +17,8 @@ CODEBOOK = "codebook"
 """Name of the collection of what the EMA quantizer keeps, and of its random stream."""
 KMEANS_STEPS = 10
 """Lloyd iterations on the first batch; the codebook hardly moves after ten."""
-DEAD_BELOW = 0.03
-"""A code used less than this share of the average is dead (Jukebox, arXiv:2005.00341, revives below 1 use)."""
+FEWEST = 1e-6
+"""Averages of counts below this are too small to divide by: the code stays where it is."""
 
 
 @flax.struct.dataclass
@@ -184,17 +184,21 @@ class EMAVectorQuantizer(VectorQuantizer):
     """A quantizer whose codes are moving averages of the latents that chose them (ibid., appendix A.1).
 
     With n_i the latents that chose code i and S_i their sum: N_i <- d N_i + (1 - d) n_i,
-    m_i <- d m_i + (1 - d) S_i, e_i = m_i / N_i. The first training batch sets the codes by k-means; a code
-    whose N_i falls below a small share of the average is dead, and takes a random latent of the batch. With
-    ``cosine``, e_i is brought back to length 1 each time. The loss has no codebook term. Codes, averages and
-    the flag of the first batch are in the collection ``codebook``, changed only with ``train``; a random
-    stream of that name chooses the latents.
+    m_i <- d m_i + (1 - d) S_i, e_i = m_i / N_i. With ``kmeans`` the first training batch sets the codes. A code
+    whose N_i falls below a share of the average is dead, and takes a random latent of the batch (Jukebox,
+    arXiv:2005.00341, does so below 1 use). With ``cosine``, e_i is brought back to length 1 each time. The loss has
+    no codebook term. Codes, averages and, with ``kmeans``, the flag of the first batch are in the collection
+    ``codebook``, changed only with ``train``; a random stream of that name chooses the latents.
 
     Attributes:
       decay: d.
+      kmeans: start by k-means on the first batch's latents, not from random codes.
+      revive_below: the share of the average N below which a code is dead; 0 revives none.
     """
 
     decay: float = 0.97
+    kmeans: bool = True
+    revive_below: float = 0.03
 
     def setup(self):
         shape = (self.num_embeddings, self.embedding_dim)
@@ -202,12 +206,13 @@ class EMAVectorQuantizer(VectorQuantizer):
         self.embedding = start
         self.counts = self.variable(CODEBOOK, "counts", lambda: jnp.ones(self.num_embeddings))
         self.sums = self.variable(CODEBOOK, "sums", lambda: start.value)
-        self.started = self.variable(CODEBOOK, "started", lambda: jnp.zeros((), bool))
+        if self.kmeans:
+            self.started = self.variable(CODEBOOK, "started", lambda: jnp.zeros((), bool))
 
     def __call__(self, latents: jax.Array, *, train: bool = False) -> QuantizerOutput:
         z = self._prepared(latents)
         update = train and not self.is_initializing()
-        if update:
+        if update and self.kmeans:
             self._start(z)
         indices = nearest(z, self._codes())
         output = self._output(latents, z, self.lookup(indices), indices, jnp.float32(0))
@@ -240,11 +245,14 @@ class EMAVectorQuantizer(VectorQuantizer):
         counts, sums = self._statistics(flat, indices.reshape(-1))
         counts = self.decay * self.counts.value + (1 - self.decay) * counts
         sums = self.decay * self.sums.value + (1 - self.decay) * sums
-        average = jnp.mean(counts)
-        dead = counts < DEAD_BELOW * average
-        self.counts.value = jnp.where(dead, average, counts)
-        self.sums.value = jnp.where(dead[:, None], average * self._random_latents(flat), sums)
-        self.embedding.value = self._scaled(self.sums.value / self.counts.value[:, None])
+        if self.revive_below:
+            average = jnp.mean(counts)
+            dead = counts < self.revive_below * average
+            counts = jnp.where(dead, average, counts)
+            sums = jnp.where(dead[:, None], average * self._random_latents(flat), sums)
+        means = self._scaled(sums / jnp.maximum(counts, FEWEST)[:, None])
+        self.embedding.value = jnp.where(counts[:, None] > FEWEST, means, self._codes())
+        self.counts.value, self.sums.value = counts, sums
 
     def _statistics(self, flat: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Number [K] and sum [K, D] of the latents that chose each code, over all devices."""

@@ -138,7 +138,12 @@ def make_quantizer(config: ModelConfig, axis_name: str | None = None) -> nn.Modu
         "axis_name": axis_name,
     }
     if config.codebook_update == "ema":
-        codebook = EMAVectorQuantizer(**options, decay=config.ema_decay)
+        codebook = EMAVectorQuantizer(
+            **options,
+            decay=config.ema_decay,
+            kmeans=config.codebook_init == "kmeans",
+            revive_below=config.revive_below,
+        )
     else:
         codebook = VectorQuantizer(**options)
     return ProjectedQuantizer(codebook, config.code_dim, config.embedding_dim) if config.code_dim else codebook
