@@ -7,7 +7,8 @@ add one change after another; the others each add theirs to some or all of those
 folder in ``--out`` has test metrics) are not repeated, so that the command can be stopped and given again.
 
 ``--shrink 2`` trains and tests on copies of the slices with half as many pixels along each axis, which a CPU goes
-through several times as fast.
+through several times as fast. ``--test-case case_0001`` tests on that patient's slices, and trains on those of the
+test split, so that a few patients can be tested on in turn.
 """
 
 import argparse
@@ -101,23 +102,36 @@ def recipes() -> dict[str, tuple[str, ...]]:
     return found | {f"all of these, {name}": flags + more for name, more in (LONGER | RATES).items()}
 
 
-def shrink(data: Path, factor: int, folder: Path) -> Path:
-    """Copies the slices of ``data``, its splits kept, with sides divided by ``factor``, anti-aliased.
+def copy_slices(data: Path, folder: Path, factor: int, test_case: str | None = None) -> Path:
+    """Copies the slices of ``data`` to ``folder`` with sides divided by ``factor``, anti-aliased.
+
+    Its splits are kept, unless ``test_case`` is given: then that patient's slices are for testing, whatever split they
+    were in, and the others' that were for testing are for training.
 
     Raises:
-      ConfigError: ``data`` holds volumes, or ``folder`` slices of other data, which would be trained on too.
+      ConfigError: ``data`` holds volumes, no slices of ``test_case``, or none of a split without it; or ``folder``
+        holds slices of other data, which would be trained on too.
     """
     names = {split: name for name, split in source.SPLIT_FOLDERS.items()}
     files = source.Source(data)
-    targets = {entry: folder / names[entry.split] / entry.name.replace("/", "_") for entry in files.entries}
+    splits = {entry: entry.split for entry in files.entries}
+    if test_case is not None:
+        trained = {"test": "train"}
+        splits = {
+            entry: "test" if entry.case == test_case else trained.get(split, split) for entry, split in splits.items()
+        }
+        if empty := names.keys() - set(splits.values()):
+            cases = ", ".join(sorted({entry.case for entry in files.entries}))
+            raise ConfigError(f"--test-case {test_case}: leaves no {min(empty)} slices; {data} has those of {cases}")
+    targets = {entry: folder / names[split] / entry.name.replace("/", "_") for entry, split in splits.items()}
     if strays := set(folder.rglob("*.nii*")) - set(targets.values()):
-        raise ConfigError(f"--out: {folder} holds slices of other data ({min(strays).name}); give another folder")
+        raise ConfigError(f"--out: {folder} holds other slices ({min(strays).name}); give another folder")
     for entry, target in targets.items():
         if target.exists():
             continue
         piece, *others = nifti.slices(files.read(entry))
         if others:
-            raise ConfigError(f"--shrink with {data}: expected 2-D slices, but {entry.name} is a volume")
+            raise ConfigError(f"{data}: expected 2-D slices, but {entry.name} is a volume")
         size = [side // factor for side in piece.pixels.shape]
         pixels = resize(piece.pixels, size, order=1, anti_aliasing=True, preserve_range=True)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -146,14 +160,15 @@ def main() -> None:
     flags.add_argument("--out", type=Path, required=True, help="folder for the runs")
     flags.add_argument("--seeds", type=int, default=2)
     flags.add_argument("--shrink", type=int, default=1, help="divide the slices' sides by this")
+    flags.add_argument("--test-case", help="patient to test on, such as case_0001, instead of the test split's")
     flags.add_argument("--only", default="", help="regular expression found in the names of the rows to run")
     own, shared = sys.argv[1:], []
     if "--" in own:
         cut = own.index("--")
         own, shared = own[:cut], own[cut + 1 :]
     flags = flags.parse_args(own)
-    if flags.shrink > 1:
-        flags.data = str(shrink(Path(flags.data), flags.shrink, flags.out / "slices"))
+    if flags.shrink > 1 or flags.test_case:
+        flags.data = str(copy_slices(Path(flags.data), flags.out / "slices", flags.shrink, flags.test_case))
     rows = []
     for name, changes in recipes().items():
         if not re.search(flags.only, name):

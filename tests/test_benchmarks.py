@@ -222,17 +222,42 @@ def test_a_model_that_changes_nothing_scores_1(benchmark_module):
     assert scores.originals[0].mean() == pytest.approx(z.clip(0, 1).mean(), abs=0.15)
 
 
-def test_shrunken_slices_are_of_one_set_of_data(benchmark_module, tmp_path):
-    ablation = benchmark_module("ablation")
-    for split in ("train", "validate", "test"):
-        path = tmp_path / "data" / f"keras_slices_{split}" / f"case_{split}_week_0_slice_0.nii"
-        path.parent.mkdir(parents=True)
-        nibabel.save(nibabel.Nifti1Image(np.full((32, 16), 7, np.int16), np.eye(4)), path)
+@pytest.fixture
+def three_patients(tmp_path):
+    """A data set with two training patients and one in the other two splits; the patient's number is in each slice."""
+    for split, case in (("train", 1), ("train", 2), ("validate", 3), ("test", 3)):
+        path = tmp_path / "data" / f"keras_slices_{split}" / f"case_{case:03}_week_{len(split)}_slice_0.nii"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(np.full((32, 16), case, np.int16), np.eye(4)), path)
+    return tmp_path / "data"
+
+
+def copied(folder):
+    """(split's folder, number in the slice) of every copied slice."""
+    return sorted((path.parent.name, int(nibabel.load(path).dataobj[0, 0])) for path in folder.glob("*/*"))
+
+
+def test_shrunken_slices_are_of_one_set_of_data(benchmark_module, three_patients, tmp_path):
+    ablation, small = benchmark_module("ablation"), tmp_path / "small"
     for _ in range(2):  # the second time it finds them
-        ablation.shrink(tmp_path / "data", 2, tmp_path / "small")
-    made = sorted(tmp_path.glob("small/*/*"))
-    assert len(made) == 3
+        ablation.copy_slices(three_patients, small, 2)
+    assert copied(small) == copied(three_patients)
+    made = sorted(small.glob("*/*"))
     assert {nibabel.load(path).shape for path in made} == {(16, 8)}
     made[0].rename(made[0].with_name("of_other_data.nii"))
     with pytest.raises(ConfigError, match=r"of_other_data\.nii.*another folder"):
-        ablation.shrink(tmp_path / "data", 2, tmp_path / "small")
+        ablation.copy_slices(three_patients, small, 2)
+
+
+def test_another_patient_is_tested_on(benchmark_module, three_patients, tmp_path):
+    ablation, turned = benchmark_module("ablation"), tmp_path / "turned"
+    ablation.copy_slices(three_patients, turned, 1, "case_002")
+    train, validation, test = "keras_slices_train", "keras_slices_validate", "keras_slices_test"
+    assert copied(turned) == sorted([(train, 1), (test, 2), (validation, 3), (train, 3)])
+    assert {nibabel.load(path).shape for path in turned.glob("*/*")} == {(32, 16)}
+    with pytest.raises(ConfigError, match="other slices"):
+        ablation.copy_slices(three_patients, turned, 1, "case_001")
+    for case, split in (("case_003", "validation"), ("case_009", "test")):
+        with pytest.raises(ConfigError, match=f"--test-case {case}: leaves no {split} .* case_001, case_002, case_003"):
+            ablation.copy_slices(three_patients, tmp_path / "none", 1, case)
+    assert not (tmp_path / "none").exists()
