@@ -47,6 +47,14 @@ def run_script(name, *arguments, cwd, **environment):
     )
 
 
+@pytest.fixture(scope="module")
+def compile_fast():
+    """For files that mostly compile: programs of a file that uses this run slower and are there sooner."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """Folder in which a tiny model was trained on a tiny phantom, into runs/tiny; and what that printed.

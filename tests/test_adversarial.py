@@ -20,6 +20,8 @@ from vqvae_jax.checkpoint import Checkpoints
 from vqvae_jax.config import Config, LossConfig, ModelConfig, TrainingConfig
 from vqvae_jax.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 MODEL = ModelConfig(image_size=(32, 16), hidden_channels=8, embedding_dim=4, num_embeddings=16, residual_blocks=0)
 START = 2
 LOSS = LossConfig(
@@ -48,13 +50,6 @@ def batch():
     columns = np.sin(np.arange(16, dtype=np.float32))[None, None, :, None]
     images = 0.5 + 0.4 * columns * np.ones((8, 32, 1, 1), np.float32)
     return images * np.linspace(0.3, 1, 8, dtype=np.float32)[:, None, None, None]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,8 @@ from vqvae_jax.models import vgg16
 from vqvae_jax.models.quantizer import CODEBOOK, EMAVectorQuantizer
 from vqvae_jax.models.vqvae import VQVAE
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 MODEL = ModelConfig(image_size=(32, 16), hidden_channels=8, embedding_dim=4, num_embeddings=16, residual_blocks=0)
 CONFIG = Config(
     model=MODEL,
@@ -38,13 +40,6 @@ def batch():
     """A global batch whose images grow brighter, so that each device's share has other statistics."""
     images = np.random.default_rng(0).random((8, *MODEL.image_size, 1), np.float32)
     return images * np.linspace(0.1, 1, 8, dtype=np.float32)[:, None, None, None]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ from vqvae_jax.data import loader, nifti
 from vqvae_jax.models.quantizer import CODEBOOK
 from vqvae_jax.models.vqvae import VQVAE
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 OPTIONS = {
     "group norm": {"norm": "group"},
     "downsampling 8, pre-activation": {"downsampling": 8, "residual": "pre"},
@@ -22,13 +24,6 @@ OPTIONS = {
 }
 AVERAGED = ("group norm", "all, ema")
 """Options that are trained with moving averages of the weights, saved and restored: their states are others."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def config(**model):

@@ -9,12 +9,7 @@ import pytest
 from vqvae_jax.models.discriminator import PatchDiscriminator, smallest_side
 from vqvae_jax.models.layers import Norm
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 def normal(*shape, seed=0):

@@ -17,17 +17,12 @@ from vqvae_jax.models import quantizer
 from vqvae_jax.models.quantizer import CODEBOOK
 from vqvae_jax.models.vqvae import VQVAE
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 K, D = 16, 4
 SIZES = {"image_size": (32, 16), "hidden_channels": 8, "embedding_dim": D, "num_embeddings": K}
 MODEL = ModelConfig(**SIZES, residual_blocks=1, levels=2)
 BATCH = 4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def images(seed=0):

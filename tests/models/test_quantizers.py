@@ -21,6 +21,8 @@ from vqvae_jax.models.estimators import rotation_trick, straight_through
 from vqvae_jax.models.quantizer import CODEBOOK
 from vqvae_jax.models.vqvae import make_quantizer
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 D, K = 6, 16
 EMA = {"codebook_update": "ema"}
 COSINE = {"cosine_codes": True}
@@ -56,13 +58,6 @@ def config(option, **fields):
 def batch(step):
     images = np.random.default_rng(step).random((8, 16, 16, 1), np.float32)
     return training.split_over_devices(images)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def assert_identical(found, expected):

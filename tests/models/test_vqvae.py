@@ -15,15 +15,10 @@ from vqvae_jax.models import vqvae
 from vqvae_jax.models.quantizer import CODEBOOK
 from vqvae_jax.models.vqvae import VQVAE
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 TINY = ModelConfig(image_size=(32, 16), hidden_channels=8, embedding_dim=4, num_embeddings=16, residual_blocks=1)
 UPDATES = ["gradient", "ema"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def images(n=3, config=TINY):
