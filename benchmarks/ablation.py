@@ -8,7 +8,8 @@ folder in ``--out`` has test metrics) are not repeated, so that the command can 
 
 ``--shrink 2`` trains and tests on copies of the slices with half as many pixels along each axis, which a CPU goes
 through several times as fast. ``--test-case case_0001`` tests on that patient's slices, and trains on those of the
-test split, so that a few patients can be tested on in turn.
+test split, so that a few patients can be tested on in turn. The validation split, which says which epoch is tested,
+stays: its patient may then be one of those trained on.
 """
 
 import argparse
@@ -109,8 +110,7 @@ def copy_slices(data: Path, folder: Path, factor: int, test_case: str | None = N
     were in, and the others' that were for testing are for training.
 
     Raises:
-      ConfigError: ``data`` holds volumes, no slices of ``test_case``, or none of a split without it; or ``folder``
-        holds slices of other data, which would be trained on too.
+      ConfigError: ``data`` holds volumes, no slices of ``test_case``, or none of a split without it.
     """
     names = {split: name for name, split in source.SPLIT_FOLDERS.items()}
     files = source.Source(data)
@@ -120,12 +120,12 @@ def copy_slices(data: Path, folder: Path, factor: int, test_case: str | None = N
         splits = {
             entry: "test" if entry.case == test_case else trained.get(split, split) for entry, split in splits.items()
         }
+        cases = sorted({entry.case for entry in files.entries})
+        if test_case not in cases:
+            raise ConfigError(f"--test-case {test_case}: {data} has none of that patient, only {', '.join(cases)}")
         if empty := names.keys() - set(splits.values()):
-            cases = ", ".join(sorted({entry.case for entry in files.entries}))
-            raise ConfigError(f"--test-case {test_case}: leaves no {min(empty)} slices; {data} has those of {cases}")
+            raise ConfigError(f"--test-case {test_case}: leaves no slices for {min(empty)}; test on another patient")
     targets = {entry: folder / names[split] / entry.name.replace("/", "_") for entry, split in splits.items()}
-    if strays := set(folder.rglob("*.nii*")) - set(targets.values()):
-        raise ConfigError(f"--out: {folder} holds other slices ({min(strays).name}); give another folder")
     for entry, target in targets.items():
         if target.exists():
             continue
@@ -137,6 +137,23 @@ def copy_slices(data: Path, folder: Path, factor: int, test_case: str | None = N
         target.parent.mkdir(parents=True, exist_ok=True)
         nibabel.save(nibabel.Nifti1Image(pixels.astype(np.float32), piece.affine * [factor, factor, 1, 1]), target)
     return folder
+
+
+def claim(out: Path, settings: dict[str, object]) -> None:
+    """Writes down in ``out`` what its runs are made of.
+
+    Raises:
+      ConfigError: it has runs made otherwise, which would be taken for these.
+    """
+    written = out / "ablation.json"
+    out.mkdir(parents=True, exist_ok=True)
+    before = json.loads(written.read_text()) if written.is_file() else settings
+    if differing := [name for name, value in settings.items() if before.get(name) != value]:
+        name = differing[0]
+        raise ConfigError(
+            f"--out {out}: its runs have {name} {before.get(name)!r}, not {settings[name]!r}; give another"
+        )
+    written.write_text(json.dumps(settings, indent=2))
 
 
 def train(folder: Path, flags: list[str]) -> dict[str, float]:
@@ -167,6 +184,8 @@ def main() -> None:
         cut = own.index("--")
         own, shared = own[:cut], own[cut + 1 :]
     flags = flags.parse_args(own)
+    settings = {"data": str(Path(flags.data).absolute()), "shrink": flags.shrink, "test_case": flags.test_case}
+    claim(flags.out, settings | {"flags": shared})
     if flags.shrink > 1 or flags.test_case:
         flags.data = str(copy_slices(Path(flags.data), flags.out / "slices", flags.shrink, flags.test_case))
     rows = []
@@ -187,7 +206,9 @@ def main() -> None:
         rows.append((*row, f"{statistics.mean(run['seconds'] for run in runs):.0f}"))
     header = ("recipe", "SSIM", "MS-SSIM", "PSNR, dB", "codes used", "bits a pixel", "by entropy", "seconds")
     _measure.print_table(header, rows)
-    print(f"\n{flags.seeds} seeds: mean ± standard deviation; every run with: {' '.join(shared) or 'no other flags'}")
+    tested = f"; tested on {flags.test_case}" if flags.test_case else ""
+    print(f"\n{flags.seeds} seeds: mean ± standard deviation; slices shrunk by {flags.shrink}{tested}")
+    print(f"Every run with: {' '.join(shared) or 'no other flags'}")
 
 
 if __name__ == "__main__":

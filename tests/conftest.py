@@ -49,7 +49,7 @@ def run_script(name, *arguments, cwd, **environment):
 
 @pytest.fixture(scope="module")
 def compile_fast():
-    """For files that mostly compile: programs of a file that uses this run slower and are there sooner."""
+    """For files of tests that mostly compile: quicker compilation, to slower programs."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

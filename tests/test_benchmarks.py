@@ -224,40 +224,68 @@ def test_a_model_that_changes_nothing_scores_1(benchmark_module):
 
 @pytest.fixture
 def three_patients(tmp_path):
-    """A data set with two training patients and one in the other two splits; the patient's number is in each slice."""
+    """A data set with two training patients and one in the other two splits; each slice's corner has its patient."""
+    rng = np.random.default_rng(0)
     for split, case in (("train", 1), ("train", 2), ("validate", 3), ("test", 3)):
         path = tmp_path / "data" / f"keras_slices_{split}" / f"case_{case:03}_week_{len(split)}_slice_0.nii"
         path.parent.mkdir(parents=True, exist_ok=True)
-        nibabel.save(nibabel.Nifti1Image(np.full((32, 16), case, np.int16), np.eye(4)), path)
+        pixels = rng.integers(0, 1000, (32, 16)).astype(np.int16)
+        pixels[:4, :4] = case
+        nibabel.save(nibabel.Nifti1Image(pixels, np.diag([2.0, 3, 4, 1])), path)
     return tmp_path / "data"
 
 
 def copied(folder):
-    """(split's folder, number in the slice) of every copied slice."""
-    return sorted((path.parent.name, int(nibabel.load(path).dataobj[0, 0])) for path in folder.glob("*/*"))
+    """(split's folder, patient) of every slice."""
+    return sorted((path.parent.name, round(float(nibabel.load(path).dataobj[0, 0]))) for path in folder.glob("*/*"))
 
 
-def test_shrunken_slices_are_of_one_set_of_data(benchmark_module, three_patients, tmp_path):
-    ablation, small = benchmark_module("ablation"), tmp_path / "small"
-    for _ in range(2):  # the second time it finds them
-        ablation.copy_slices(three_patients, small, 2)
-    assert copied(small) == copied(three_patients)
-    made = sorted(small.glob("*/*"))
-    assert {nibabel.load(path).shape for path in made} == {(16, 8)}
-    made[0].rename(made[0].with_name("of_other_data.nii"))
-    with pytest.raises(ConfigError, match=r"of_other_data\.nii.*another folder"):
-        ablation.copy_slices(three_patients, small, 2)
+def test_slices_are_shrunk(benchmark_module, three_patients, tmp_path):
+    benchmark_module("ablation").copy_slices(three_patients, tmp_path / "small", 2)
+    assert copied(tmp_path / "small") == copied(three_patients)
+    for path in tmp_path.glob("small/*/*"):
+        image = nibabel.load(path)
+        original = nibabel.load(three_patients / path.parent.name / path.name.removeprefix(f"{path.parent.name}_"))
+        assert image.shape == (16, 8)
+        np.testing.assert_array_equal(image.affine, np.diag([4.0, 6, 4, 1]))
+        means = original.get_fdata().reshape(16, 2, 8, 2).mean(axis=(1, 3))
+        assert np.corrcoef(image.get_fdata().ravel(), means.ravel())[0, 1] > 0.9
 
 
 def test_another_patient_is_tested_on(benchmark_module, three_patients, tmp_path):
+    """The others' test slices are trained on; validation stays as it is."""
     ablation, turned = benchmark_module("ablation"), tmp_path / "turned"
     ablation.copy_slices(three_patients, turned, 1, "case_002")
     train, validation, test = "keras_slices_train", "keras_slices_validate", "keras_slices_test"
     assert copied(turned) == sorted([(train, 1), (test, 2), (validation, 3), (train, 3)])
-    assert {nibabel.load(path).shape for path in turned.glob("*/*")} == {(32, 16)}
-    with pytest.raises(ConfigError, match="other slices"):
-        ablation.copy_slices(three_patients, turned, 1, "case_001")
-    for case, split in (("case_003", "validation"), ("case_009", "test")):
-        with pytest.raises(ConfigError, match=f"--test-case {case}: leaves no {split} .* case_001, case_002, case_003"):
+    for path in turned.glob("*/*"):
+        original = nibabel.load(three_patients / path.name.replace("_case", "/case", 1))
+        np.testing.assert_array_equal(nibabel.load(path).get_fdata(), original.get_fdata())
+    for case, words in (
+        ("case_003", "leaves no slices for validation"),
+        ("case_009", "only case_001, case_002, case_003"),
+    ):
+        with pytest.raises(ConfigError, match=f"--test-case {case}: .*{words}"):
             ablation.copy_slices(three_patients, tmp_path / "none", 1, case)
     assert not (tmp_path / "none").exists()
+
+
+def test_runs_of_another_table_are_not_taken_for_this_ones(three_patients, tmp_path):
+    """Refused before anything is trained, in one line that says what differs."""
+
+    def run(*flags):
+        where = ("--data", three_patients, "--out", tmp_path / "out", "--only", "no such row")
+        return start_benchmark("ablation.py", *where, *flags)
+
+    first = run("--shrink", "2", "--", "--epochs", "1")
+    assert first.returncode == 0, first.stderr
+    assert "shrunk by 2" in first.stdout
+    assert run("--shrink", "2", "--", "--epochs", "1").returncode == 0
+    for flags, words in (
+        (["--", "--epochs", "1"], "shrink 2, not 1"),
+        (["--shrink", "2", "--test-case", "case_001", "--", "--epochs", "1"], "test_case None, not 'case_001'"),
+        (["--shrink", "2", "--", "--epochs", "2"], "flags ['--epochs', '1'], not ['--epochs', '2']"),
+    ):
+        again = run(*flags)
+        assert again.returncode != 0
+        assert words in again.stderr.splitlines()[-1]

@@ -15,6 +15,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import vqvae_jax
 from vqvae_jax import inference, training
+from vqvae_jax.config import Config, ModelConfig
 from vqvae_jax.data import loader, nifti
 from vqvae_jax.errors import CheckpointError, DataError
 
@@ -232,6 +233,14 @@ def test_the_fingerprint_is_the_models_own(run, tiny_run):
     model = dataclasses.replace(run.config.model, commitment_cost=0.3)
     other = inference.Run(dataclasses.replace(run.config, model=model), run._variables)
     assert other.fingerprint != run.fingerprint
+
+
+def test_the_fingerprint_in_older_files_is_still_the_models():
+    """Written down from the first version that made .vqz files; a new setting must not change it."""
+    config = Config(model=ModelConfig(image_size=(32, 16), hidden_channels=8, revive_below=0.1))
+    variables = {"params": {"a": np.arange(3, dtype=np.float32)}}
+    expected = "51767d76a18219c84d91dfd066dd1100039c74c1989fde4711547e1153f7aacd"
+    assert inference.Run(config, variables).fingerprint == expected
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

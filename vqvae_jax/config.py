@@ -82,12 +82,12 @@ class ModelConfig:
     codebook_update: Literal["gradient", "ema"] = "gradient"
     """What moves the codes: their gradient, or moving averages of the encoder's outputs."""
     codebook_init: Literal["kmeans", "random"] = "kmeans"
-    """Where codes start with --codebook-update ema: by k-means on the first batch's latents, or at random."""
+    """How codes start with --codebook-update ema: by k-means on the first batch's latents, or at random."""
     ema_decay: float = 0.97
     """Share of the old averages kept at each step, with --codebook-update ema."""
     revive_below: float = 0.03
-    """With --codebook-update ema, a code used less than this share of the average takes a random latent of the
-    batch; 0 leaves unused codes be."""
+    """With --codebook-update ema, a code used less than this share of the codes' average use takes a random latent
+    of the batch; 0 leaves unused codes be."""
     cosine_codes: bool = False
     """Bring latents and codes to length 1, so that the code at the smallest angle is chosen."""
     code_dim: int = 0
@@ -409,8 +409,8 @@ def to_json(config: Config) -> str:
 def from_json(text: str, source: str | Path = "config.json") -> Config:
     """The configuration in ``text``, as ``to_json`` writes it.
 
-    A setting that it lacks has its default, which is what the code did before there was such a setting: older runs
-    can still be read.
+    A setting that it lacks, such as one that came after the file, has its default. A new setting's default must
+    therefore be what the code did before.
 
     Raises:
       ConfigError: not JSON, an unknown setting, a missing group of them, or a value of the wrong type or range;

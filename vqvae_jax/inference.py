@@ -103,6 +103,10 @@ def load(run: str | Path, which: checkpoint.Which = "best") -> "Run":
     return Run(config, checkpoint.restore_evaluated(run, config, which))
 
 
+NOT_IN_FINGERPRINT = ("codebook_init", "revive_below")
+"""Settings of the model that came after the first .vqz files and do not matter to decoding: those still decode."""
+
+
 class Run:
     """A trained model for images of any size and any scale of intensities; ``load`` makes one from a run's folder.
 
@@ -141,6 +145,8 @@ class Run:
         The same wherever the same model is loaded.
         """
         settings = dataclasses.asdict(self.config.model) | {"fit": self.config.data.fit}
+        for name in NOT_IN_FINGERPRINT:
+            del settings[name]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         leaves = jax.tree.leaves_with_path(jax.device_get(self._variables))
         for path, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
