@@ -116,10 +116,11 @@ def copy_slices(data: Path, folder: Path, factor: int, test_case: str | None = N
     files = source.Source(data)
     splits = {entry: entry.split for entry in files.entries}
     if test_case is not None:
-        trained = {"test": "train"}
-        splits = {
-            entry: "test" if entry.case == test_case else trained.get(split, split) for entry, split in splits.items()
-        }
+        for entry, split in splits.items():
+            if entry.case == test_case:
+                splits[entry] = "test"
+            elif split == "test":
+                splits[entry] = "train"
         cases = sorted({entry.case for entry in files.entries})
         if test_case not in cases:
             raise ConfigError(f"--test-case {test_case}: {data} has none of that patient, only {', '.join(cases)}")
@@ -140,7 +141,7 @@ def copy_slices(data: Path, folder: Path, factor: int, test_case: str | None = N
 
 
 def claim(out: Path, settings: dict[str, object]) -> None:
-    """Writes down in ``out`` what its runs are made of.
+    """Writes down in ``out`` what its runs are made of: data, slices, shared flags.
 
     Raises:
       ConfigError: it has runs made otherwise, which would be taken for these.
@@ -151,7 +152,7 @@ def claim(out: Path, settings: dict[str, object]) -> None:
     if differing := [name for name, value in settings.items() if before.get(name) != value]:
         name = differing[0]
         raise ConfigError(
-            f"--out {out}: its runs have {name} {before.get(name)!r}, not {settings[name]!r}; give another"
+            f"--out {out}: its runs have {name} {before.get(name)!r}, not {settings[name]!r}; give another folder"
         )
     written.write_text(json.dumps(settings, indent=2))
 

@@ -91,7 +91,9 @@ def verdict(run: Run, counted: str, metric: str, curves: Curves, headers: dict[s
     return f"{name} at {bits:.3f} bits a pixel ({counted}): **{order[0]} wins**. {ranking}{absent}."
 
 
-def _at_run(run: Run, counted: str, metric: str, curves: Curves, headers: dict[str, float]) -> tuple[float, dict]:
+def _at_run(
+    run: Run, counted: str, metric: str, curves: Curves, headers: dict[str, float]
+) -> tuple[float, dict[str, float]]:
     """A run's bits a pixel, and the codecs' values of a metric there; NaN where they have none."""
     rate, without_headers = COUNTS[counted]
     bits = run.summary[rate]

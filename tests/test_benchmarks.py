@@ -280,6 +280,7 @@ def test_runs_of_another_table_are_not_taken_for_this_ones(three_patients, tmp_p
     first = run("--shrink", "2", "--", "--epochs", "1")
     assert first.returncode == 0, first.stderr
     assert "shrunk by 2" in first.stdout
+    assert {nibabel.load(path).shape for path in tmp_path.glob("out/slices/*/*")} == {(16, 8)}
     assert run("--shrink", "2", "--", "--epochs", "1").returncode == 0
     for flags, words in (
         (["--", "--epochs", "1"], "shrink 2, not 1"),

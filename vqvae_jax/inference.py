@@ -24,6 +24,8 @@ from vqvae_jax.models.vqvae import VQVAE
 CPU_PIXELS_AT_ONCE = 2**15
 """A slice of 256 x 128: a CPU gains nothing from more, and one small slice costs no more than that."""
 DEVICE_PIXELS_AT_ONCE = 2**20
+NOT_IN_FINGERPRINT = ("codebook_init", "revive_below")
+"""Settings of the model that came after the first .vqz files and do not matter to decoding: those still decode."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,10 +103,6 @@ def load(run: str | Path, which: checkpoint.Which = "best") -> "Run":
     run = Path(run)
     config = workdir.load_config(run)
     return Run(config, checkpoint.restore_evaluated(run, config, which))
-
-
-NOT_IN_FINGERPRINT = ("codebook_init", "revive_below")
-"""Settings of the model that came after the first .vqz files and do not matter to decoding: those still decode."""
 
 
 class Run:

@@ -156,7 +156,9 @@ def running(option):
                 place = place[key.key]
             place["embedding"] = codes
             if path[0].key == CODEBOOK:
-                place |= {"sums": codes, "started": np.ones((), bool)}
+                place |= {"sums": codes}
+                if "started" in place:
+                    place["started"] = np.ones((), bool)
     return variables
 
 

@@ -245,11 +245,10 @@ class EMAVectorQuantizer(VectorQuantizer):
         counts, sums = self._statistics(flat, indices.reshape(-1))
         counts = self.decay * self.counts.value + (1 - self.decay) * counts
         sums = self.decay * self.sums.value + (1 - self.decay) * sums
-        if self.revive_below:
-            average = jnp.mean(counts)
-            dead = counts < self.revive_below * average
-            counts = jnp.where(dead, average, counts)
-            sums = jnp.where(dead[:, None], average * self._random_latents(flat), sums)
+        average = jnp.mean(counts)
+        dead = counts < self.revive_below * average
+        counts = jnp.where(dead, average, counts)
+        sums = jnp.where(dead[:, None], average * self._random_latents(flat), sums)
         means = self._scaled(sums / jnp.maximum(counts, FEWEST)[:, None])
         self.embedding.value = jnp.where(counts[:, None] > FEWEST, means, self._codes())
         self.counts.value, self.sums.value = counts, sums
