@@ -15,6 +15,7 @@ import pytest
 from conftest import run_script
 
 from vqvae_jax import evaluation, html_report
+from vqvae_jax.data import phantom
 
 HOSTILE = "<script>alert(1)<img src=x onerror=alert(1)>\"'&\udcff.nii"
 ABOUT = html_report.About("a run", "test", "as stated", {"Data": "a.zip"})
@@ -166,6 +167,22 @@ def test_the_command_writes_the_page_beside_the_figures(tiny_run):
     assert f"{written['ssim']:.3f}" in page.text and f"3 of {written['slices']} slices" in page.text
     assert any("Training loss" in chart["aria-label"] for chart in page.all("svg"))
     assert "by which its best checkpoint was chosen" in page.text
+
+
+def test_a_run_whose_data_lie_in_the_default_place(tmp_path):
+    """As the README teaches for HipMRI: no --data, the default preset's recipe (here on small slices)."""
+    spec = phantom.PhantomSpec(train_cases=2, validation_cases=1, test_cases=1, slices_per_case=4, size=(32, 16))
+    phantom.write_phantom(tmp_path / "data/HipMRI_study_keras_slices_data", spec)
+    small = ("--image-size", 32, 16, "--hidden-channels", 8, "--num-embeddings", 32, "--batch-size", 4)
+    flags = ("--platform", "cpu", *small, "--epochs", 1, "--perceptual-weight", 0, "--workdir", "runs/hip")
+    done = run_script("train.py", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for command, *more in (("eval.py", "--report"), ("report.py",)):
+        page = tmp_path / "runs/hip/eval/test/report.html"
+        page.unlink(missing_ok=True)
+        done = run_script(command, *more, "--platform", "cpu", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "HipMRI_study_keras_slices_data" in page.read_text()
 
 
 def test_no_slices_is_refused(tmp_path):

@@ -18,6 +18,7 @@ from PIL import Image
 
 from vqvae_jax import charts, distributed, evaluation, report, workdir
 from vqvae_jax.config import Config
+from vqvae_jax.data import hip_mri
 
 REPORT = "report.html"
 SHOWN = 60
@@ -277,7 +278,7 @@ def _facts(config: Config, which: str) -> dict[str, str]:
     return {
         "Preset": config.preset,
         "Checkpoint": f"{which} (by validation SSIM)" if which == "best" else which,
-        "Data": Path(config.data.data).name,
+        "Data": hip_mri.name_of(config.data),
         "Model's image": "{} x {}".format(*model.image_size),
         "Codes of an image": f"{grids}, out of {model.num_codes}",
     }

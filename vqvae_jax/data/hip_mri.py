@@ -167,6 +167,11 @@ def check_exists(config: DataConfig) -> None:
         source.find_data(config.data)
 
 
+def name_of(config: DataConfig) -> str:
+    """The name of the data set's zip or folder, or "phantom". Raises DataError where there is none."""
+    return PHANTOM if config.data == PHANTOM else source.find_data(config.data).name
+
+
 def prepare(config: DataConfig, phantom_size: tuple[int, int], log: Callable[[str], None] = print) -> HipMri:
     """Finds the files and builds their data set, or opens it where it was built before.
 
