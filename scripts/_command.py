@@ -11,8 +11,8 @@ from typing import Literal
 
 import jax
 
-from vqvae_jax import compilation, distributed
 from vqvae_jax.errors import ConfigError, VQVAEError
+from vqvae_jax.runtime import compilation, distributed
 
 Platform = Literal["auto", "cpu", "gpu", "tpu"]
 USER_ERROR, INTERRUPTED = 2, 130

@@ -9,7 +9,8 @@ import _files
 import tyro
 
 import vqvae_jax
-from vqvae_jax import compression, workdir
+from vqvae_jax.inference import vqz_files
+from vqvae_jax.runtime import runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,16 +37,16 @@ def main() -> int:
     """Parses the flags, decodes each file, prints what it became."""
     flags = tyro.cli(Flags)
     _files.check_apart(flags.source, flags.target, "OUT")
-    names = _files.renamed(_files.found(flags.source, compression.SUFFIXES), compression.SUFFIXES, ".nii.gz")
+    names = _files.renamed(_files.found(flags.source, vqz_files.SUFFIXES), vqz_files.SUFFIXES, ".nii.gz")
     _command.use_platform(flags.platform)
-    folder = flags.workdir or workdir.newest()
-    run = vqvae_jax.load(folder, flags.checkpoint)
-    print(f"Run: {folder}, {flags.checkpoint} checkpoint, model {run.fingerprint[:12]}", flush=True)
+    run_dir = flags.workdir or runs.newest()
+    model = vqvae_jax.load(run_dir, flags.checkpoint)
+    print(f"Run: {run_dir}, {flags.checkpoint} checkpoint, model {model.fingerprint[:12]}", flush=True)
 
     def decode(name: Path) -> None:
         path_out = flags.target / names[name]
         options = {"force": flags.force, "overwrite": flags.overwrite, "progress": True}
-        compression.decode_file(run, flags.source / name, path_out, **options)
+        vqz_files.decode_file(model, flags.source / name, path_out, **options)
         _files.say(f"Written: {path_out}")
 
     return _files.for_each(list(names), decode)

@@ -9,8 +9,9 @@ import _files
 import tyro
 
 import vqvae_jax
-from vqvae_jax import compression, workdir
 from vqvae_jax.data import nifti_write
+from vqvae_jax.inference import vqz_files
+from vqvae_jax.runtime import runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,14 +40,14 @@ def main() -> int:
     _files.check_apart(flags.source, flags.target, "OUT")
     names = _files.renamed(_files.found(flags.source, nifti_write.SUFFIXES), nifti_write.SUFFIXES, ".vqz")
     _command.use_platform(flags.platform)
-    folder = flags.workdir or workdir.newest()
-    run = vqvae_jax.load(folder, flags.checkpoint)
-    print(f"Run: {folder}, {flags.checkpoint} checkpoint, model {run.fingerprint[:12]}", flush=True)
+    run_dir = flags.workdir or runs.newest()
+    model = vqvae_jax.load(run_dir, flags.checkpoint)
+    print(f"Run: {run_dir}, {flags.checkpoint} checkpoint, model {model.fingerprint[:12]}", flush=True)
 
     def encode(name: Path) -> None:
         path_out = flags.target / names[name]
         options = {"slice_axis": flags.slice_axis, "overwrite": flags.overwrite, "progress": True}
-        made = compression.encode_file(run, flags.source / name, path_out, **options)
+        made = vqz_files.encode_file(model, flags.source / name, path_out, **options)
         _files.say(f"{path_out}: {made}")
 
     return _files.for_each(list(names), encode)

@@ -7,7 +7,9 @@ from typing import Literal
 import _command
 import tyro
 
-from vqvae_jax import evaluation, html_report, workdir
+from vqvae_jax.evaluation import html_report, table
+from vqvae_jax.evaluation.evaluate import evaluate_run
+from vqvae_jax.runtime import runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,16 +34,16 @@ def main() -> int:
     """Parses the flags, evaluates, prints."""
     flags = tyro.cli(Flags)
     _command.use_platform(flags.platform)
-    run = flags.workdir or workdir.newest()
-    print(f"Run: {run}, split {flags.split}, {flags.checkpoint} checkpoint")
-    evaluated = evaluation.evaluate(run, flags.split, flags.checkpoint, data=flags.data)
-    for line in evaluation.describe(evaluated.evaluation, evaluation.scaling(evaluated.config)):
+    run_dir = flags.workdir or runs.newest()
+    print(f"Run: {run_dir}, split {flags.split}, {flags.checkpoint} checkpoint")
+    evaluated = evaluate_run(run_dir, flags.split, flags.checkpoint, data=flags.data)
+    for line in table.describe(evaluated.evaluation, evaluated.config):
         print(line)
-    print(f"Written: {run / workdir.EVAL / flags.split}/ (metrics.json, per_slice.csv, reconstructions.png)")
+    print(f"Written: {run_dir / runs.EVAL / flags.split}/ (metrics.json, per_slice.csv, reconstructions.png)")
     if flags.report:
-        print(f"Report: {html_report.write(run, flags.split, flags.checkpoint, evaluated)}")
+        print(f"Report: {html_report.write(run_dir, flags.split, flags.checkpoint, evaluated)}")
     else:
-        print(f"A page to look at: python scripts/report.py --workdir {run} --split {flags.split}")
+        print(f"A page to look at: python scripts/report.py --workdir {run_dir} --split {flags.split}")
     return 0
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import _command
 import tyro
 
-from vqvae_jax import torch_import
+from vqvae_jax.inference import torch_import
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

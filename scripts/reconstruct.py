@@ -10,8 +10,9 @@ import _files
 import tyro
 
 import vqvae_jax
-from vqvae_jax import inference, workdir
 from vqvae_jax.data import nifti_write
+from vqvae_jax.inference.trained_model import TrainedModel
+from vqvae_jax.runtime import runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,16 +47,16 @@ def main() -> int:
     for place in filter(None, (flags.target, flags.difference)):
         _files.check_replaces_no_input(names, flags.source, place)
     _command.use_platform(flags.platform)
-    folder = flags.workdir or workdir.newest()
-    run = vqvae_jax.load(folder, flags.checkpoint)
-    print(f"Run: {folder}, {flags.checkpoint} checkpoint", flush=True)
-    return _files.for_each(names, functools.partial(_reconstruct, run, flags))
+    run_dir = flags.workdir or runs.newest()
+    model = vqvae_jax.load(run_dir, flags.checkpoint)
+    print(f"Run: {run_dir}, {flags.checkpoint} checkpoint", flush=True)
+    return _files.for_each(names, functools.partial(_reconstruct, model, flags))
 
 
-def _reconstruct(run: inference.Run, flags: Flags, name: Path) -> None:
+def _reconstruct(model: TrainedModel, flags: Flags, name: Path) -> None:
     difference = flags.difference and flags.difference / name
     options = {"slice_axis": flags.slice_axis, "overwrite": flags.overwrite, "difference": difference}
-    result = run.reconstruct_nifti(flags.source / name, flags.target / name, progress=True, **options)
+    result = model.reconstruct_nifti(flags.source / name, flags.target / name, progress=True, **options)
     count, axis = len(result.ssim_per_slice), result.slice_axis
     cut = "one slice" if axis is None else f"{count} slices along axis {axis} ({result.axis_reason})"
     _files.say(f"{flags.target / name}: SSIM {result.ssim:.4f}, PSNR {result.psnr:.2f} dB, {cut}")

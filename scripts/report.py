@@ -7,8 +7,10 @@ from typing import Literal
 import _command
 import tyro
 
-from vqvae_jax import evaluation, html_report, workdir
 from vqvae_jax.errors import ConfigError
+from vqvae_jax.evaluation import html_report
+from vqvae_jax.evaluation.evaluate import evaluate_run
+from vqvae_jax.runtime import runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,10 +37,10 @@ def main() -> int:
     if flags.slices < 1:
         raise ConfigError(f"--slices {flags.slices}: must be at least 1")
     _command.use_platform(flags.platform)
-    run = flags.workdir or workdir.newest()
-    print(f"Run: {run}, split {flags.split}, {flags.checkpoint} checkpoint")
-    evaluated = evaluation.evaluate(run, flags.split, flags.checkpoint, data=flags.data)
-    path = html_report.write(run, flags.split, flags.checkpoint, evaluated, flags.slices)
+    run_dir = flags.workdir or runs.newest()
+    print(f"Run: {run_dir}, split {flags.split}, {flags.checkpoint} checkpoint")
+    evaluated = evaluate_run(run_dir, flags.split, flags.checkpoint, data=flags.data)
+    path = html_report.write(run_dir, flags.split, flags.checkpoint, evaluated, flags.slices)
     print(f"Average SSIM: {evaluated.evaluation.mean('ssim'):.4f}")
     print(f"Report: {path} (open it in a browser; it needs no other file and no network)")
     return 0

@@ -9,8 +9,10 @@ from typing import Annotated
 import _command
 import tyro
 
-from vqvae_jax import config, distributed, evaluation, trainer, workdir
+from vqvae_jax import config, trainer
 from vqvae_jax.errors import ConfigError
+from vqvae_jax.evaluation import table
+from vqvae_jax.runtime import config_file, distributed, runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,14 +43,14 @@ def _parse() -> tuple[Flags, Path]:
     early.add_argument("--resume", action="store_true")
     known, _ = early.parse_known_args()
     if known.resume:
-        run = known.workdir or workdir.newest()
-        base = workdir.load_config(run)
+        run_dir = known.workdir or runs.newest()
+        base = runs.load_config(run_dir)
     else:
         preset = known.preset or "hipmri"
         if preset not in config.PRESETS:
             raise ConfigError(f"--preset {preset}: no such preset; there are {', '.join(config.PRESETS)}")
         base = config.PRESETS[preset]
-        run = known.workdir or workdir.RUNS / f"{base.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        run_dir = known.workdir or runs.RUNS / f"{base.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     flags = tyro.cli(
         Flags,
         default=Flags(config=base),
@@ -56,35 +58,36 @@ def _parse() -> tuple[Flags, Path]:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     if known.resume:
-        config.check_resumable(base, flags.config)
-    return flags, run
+        config_file.check_resumable(base, flags.config)
+    return flags, run_dir
 
 
 def main() -> int:
     """Parses the flags and trains."""
-    flags, run = _parse()
+    flags, run_dir = _parse()
     if flags.distributed:
         distributed.start(flags.coordinator, flags.num_processes, flags.process_id)
     elif (flags.coordinator, flags.num_processes, flags.process_id) != (None, None, None):
         raise ConfigError("--coordinator, --num-processes and --process-id need --distributed")
     _command.use_platform(flags.platform)
     say = print if distributed.is_first() else _say_nothing
-    run = Path(distributed.shared(str(run)))  # its default name has the time in it
-    if distributed.shared(config.to_json(flags.config)) != config.to_json(flags.config):
+    run_dir = Path(distributed.shared(str(run_dir)))  # its default name has the time in it
+    if distributed.shared(config_file.to_json(flags.config)) != config_file.to_json(flags.config):
         raise ConfigError("--distributed: the settings are not those of process 0; give all processes the same flags")
-    say(f"Run: {run}")
-    outcome = trainer.train_and_evaluate(flags.config, run, resume=flags.resume, log=say)
+    say(f"Run: {run_dir}")
+    outcome = trainer.train_and_evaluate(flags.config, run_dir, resume=flags.resume, log=say)
     if outcome.evaluation is None:
-        say(f"Stopped at step {outcome.step}, and saved. Go on with: python scripts/train.py --resume --workdir {run}")
+        again = f"python scripts/train.py --resume --workdir {run_dir}"
+        say(f"Stopped at step {outcome.step}, and saved. Go on with: {again}")
         return 0
     say("Test split, best checkpoint:")
-    for line in evaluation.describe(outcome.evaluation, evaluation.scaling(flags.config)):
+    for line in table.describe(outcome.evaluation, flags.config):
         say(f"  {line}")
     say(
-        f"Pictures: {run / 'eval/test/reconstructions.png'} and {run / 'samples'}\n"
-        f"Curves: tensorboard --logdir {run} (or {run / 'metrics.jsonl'})\n"
-        f"Checkpoints: {run / 'checkpoints'}\n"
-        f"Next: python scripts/report.py --workdir {run}"
+        f"Pictures: {run_dir / 'eval/test/reconstructions.png'} and {run_dir / 'samples'}\n"
+        f"Curves: tensorboard --logdir {run_dir} (or {run_dir / 'metrics.jsonl'})\n"
+        f"Checkpoints: {run_dir / 'checkpoints'}\n"
+        f"Next: python scripts/report.py --workdir {run_dir}"
     )
     return 0
 

@@ -8,8 +8,8 @@ _PUBLIC = {
     "PRESETS": "vqvae_jax.config",
     "VQVAE": "vqvae_jax.models.vqvae",
     "VQVAEError": "vqvae_jax.errors",
-    "evaluate_run": "vqvae_jax.evaluation",
-    "load": "vqvae_jax.inference",
+    "evaluate_run": "vqvae_jax.evaluation.evaluate",
+    "load": "vqvae_jax.inference.trained_model",
     "train_and_evaluate": "vqvae_jax.trainer",
 }
 

@@ -27,3 +27,9 @@ class DivergenceError(VQVAEError):
 
 class PeerError(VQVAEError):
     """Another process of the same run has ended or cannot be reached."""
+
+
+def require(condition: bool, name: str, found: object, expected: str) -> None:
+    """Raises ConfigError where a flag or an argument, ``name``, is not as expected."""
+    if not condition:
+        raise ConfigError(f"{name} is {found!r}, but must be {expected}")

@@ -14,11 +14,19 @@ import jax
 import numpy as np
 import tqdm
 
-from vqvae_jax import checkpoint, distributed, evaluation, logs, training, workdir
 from vqvae_jax.config import Config
 from vqvae_jax.data import hip_mri, loader
 from vqvae_jax.errors import CheckpointError, ConfigError, DivergenceError
+from vqvae_jax.evaluation import evaluate
+from vqvae_jax.evaluation.evaluator import Evaluator
+from vqvae_jax.evaluation.table import Evaluation
 from vqvae_jax.models import vgg_weights
+from vqvae_jax.runtime import distributed, runs
+from vqvae_jax.runtime.logs import MetricsLog
+from vqvae_jax.runtime.randomness import Purpose, integer_for
+from vqvae_jax.training.checkpoint import Checkpoints, Progress
+from vqvae_jax.training.state import Variables, create_train_state, learning_rate_schedule
+from vqvae_jax.training.step import StepMetrics, check_devices, make_train_step, replicate, split_over_devices
 
 _STEPS_IN_FLIGHT = 2
 """Steps whose metrics are left on the device, so that reading them never makes it wait."""
@@ -26,14 +34,9 @@ _LABELS = {
     "loss": "Loss",
     "l1": "L1",
     "l2": "L2",
-    "charbonnier": "Charbonnier",
     "perceptual": "Perceptual",
     "quantizer": "Quantizer",
     "ssim_loss": "1 - SSIM",
-    "ms_ssim_loss": "1 - MS-SSIM",
-    "generator": "Generator",
-    "discriminator": "Discriminator",
-    "adversarial_weight": "Adversarial weight",
 }
 """The parts of the loss in the line of an epoch, by their names in the logs."""
 
@@ -43,24 +46,7 @@ class Outcome:
     """How training ended: ``evaluation`` of the best checkpoint on the test split, or None if stopped early."""
 
     step: int
-    evaluation: evaluation.Evaluation | None
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where a run is: what a checkpoint holds beside the arrays.
-
-    ``slices`` is the number of training slices (0 where a model was imported), ``sums`` are over the epoch so far;
-    ``best_ssim`` is the validation split's highest so far.
-    """
-
-    epoch: int = 0
-    steps_in_epoch: int = 0
-    slices: int = 0
-    loader: dict[str, Any] = dataclasses.field(default_factory=dict)
-    sums: dict[str, float] = dataclasses.field(default_factory=dict)
-    best_ssim: float = -1.0
-    best_epoch: int = 0
+    evaluation: Evaluation | None
 
 
 @dataclasses.dataclass
@@ -74,7 +60,7 @@ class Clock:
 
 @distributed.explains_losses()
 def train_and_evaluate(
-    config: Config, run: Path, *, resume: bool = False, log: Callable[[str], None] = print
+    config: Config, run_dir: Path, *, resume: bool = False, log: Callable[[str], None] = print
 ) -> Outcome:
     """Trains to ``config.training.epochs``, then evaluates the best checkpoint on the test split.
 
@@ -82,102 +68,100 @@ def train_and_evaluate(
     given the same arguments; all stop after the same step if one is told to, and the first writes and logs.
 
     Args:
-      config: the whole configuration; written to ``run``/config.json.
-      run: the run's folder.
-      resume: go on from the newest checkpoint in ``run``.
+      config: the whole configuration; written to ``run_dir``/config.json.
+      run_dir: the run's folder.
+      resume: go on from the newest checkpoint in ``run_dir``.
       log: is given lines for people.
 
     Raises:
-      ConfigError: a setting cannot work, or ``run`` holds a run and ``resume`` is not set.
+      ConfigError: a setting cannot work, or ``run_dir`` holds a run and ``resume`` is not set.
       DataError, WeightsError: the images or the VGG weights cannot be read.
       CheckpointError: a checkpoint cannot be written or read.
       DivergenceError: the loss is no longer finite; the last good checkpoint is left.
       PeerError: another process has ended or cannot be reached.
     """
-    training.check_devices(config.training.batch_size, config.training.accumulate)
-    _claim(run, resume)
+    check_devices(config.training.batch_size, config.training.accumulate)
+    _claim(run_dir, resume)
     hip_mri.check_exists(config.data)  # before fetching weights, which may take a while
     with distributed.first_alone():
-        vgg_params = training.load_vgg(config)
-    trainer = Trainer(config, run, vgg_params, log if distributed.is_first() else _quiet)
+        vgg_variables = _load_vgg(config)
+    trainer = Trainer(config, run_dir, vgg_variables, log if distributed.is_first() else _quiet)
     try:
         with trainer, _stop_signals() as received:
             stop = distributed.Stop(received)
             trainer.start(resume)
             if distributed.is_first():
-                workdir.save_config(run, config)
+                runs.save_config(run_dir, config)
             trainer.run(stop)
             if stop:
                 return Outcome(trainer.step, None)
     except OSError as error:
         raise CheckpointError(
-            f"--workdir {run}: cannot be written ({error}); free space and go on with --resume"
+            f"--workdir {run_dir}: cannot be written ({error}); free space and go on with --resume"
         ) from error
-    return Outcome(trainer.step, evaluation.evaluate_run(run, log=_quiet))
+    return Outcome(trainer.step, evaluate.evaluate_run(run_dir, log=_quiet).evaluation)
 
 
-def _claim(run: Path, resume: bool) -> None:
+def _claim(run_dir: Path, resume: bool) -> None:
     with distributed.first_alone():
         if distributed.is_first():
-            workdir.claim(run, resume)
-        elif not run.is_dir():
+            runs.claim(run_dir, resume)
+        elif not run_dir.is_dir():
             raise ConfigError(
-                f"--workdir {run}: is not here, where process 0 made it; use a folder that all processes share"
+                f"--workdir {run_dir}: is not here, where process 0 made it; use a folder that all processes share"
             )
+
+
+def _load_vgg(config: Config) -> Variables | None:
+    """VGG16's variables down to the deepest perceptual layer, or None where the perceptual weight is 0."""
+    if not config.loss.perceptual_weight:
+        return None
+    return vgg_weights.load(config.loss.vgg_weights, *config.loss.perceptual_layers)
 
 
 class Trainer:
     """Holds what a run needs while it trains; ``train_and_evaluate`` drives it."""
 
-    def __init__(self, config: Config, run: Path, vgg_params: Any, log: Callable[[str], None]):
+    def __init__(self, config: Config, run_dir: Path, vgg_variables: Variables | None, log: Callable[[str], None]):
         self._config = config
-        self._run = run
+        self._run_dir = run_dir
         self._log = log
-        with distributed.first_alone():
-            builder = hip_mri.prepare(config.data, config.model.image_size, log)
-        train, validation = (
-            loader.Slices(builder.as_data_source(split=split), config.data, config.model.image_size)
-            for split in ("train", "validation")
-        )
+        train, validation = loader.open_splits(config.data, config.model.image_size, ("train", "validation"), log)
         self._loader = loader.TrainLoader(
             train,
             config.training.batch_size,
-            config.training.seed,
+            integer_for(config.training.seed, Purpose.ORDER),
+            parts=config.training.accumulate,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        self._check_steps()
-        self._schedule = training.learning_rate_schedule(config.training, self._loader.steps_per_epoch)
-        self._validator = evaluation.Evaluator(config, validation)
-        self._samples = np.linspace(0, len(validation) - 1, min(config.training.sample_images, len(validation)))
-        self._vgg_params = training.replicate(vgg_params)
-        self._state = training.create_train_state(config, self._loader.steps_per_epoch)
-        self._train_step = training.make_train_step(config)
+        self._check_warmup()
+        self._schedule = learning_rate_schedule(config.training, self._loader.batches_per_epoch)
+        self._validator = Evaluator(config, validation)
+        drawn = np.linspace(0, len(validation) - 1, min(config.training.sample_images, len(validation)))
+        self._drawn = [int(index) for index in drawn]
+        self._vgg_variables = replicate(vgg_variables)
+        self._state = create_train_state(config, self._loader.batches_per_epoch)
+        self._train_step = make_train_step(config)
         self._progress = Progress(slices=len(train))
         self._slices = len(train)
-        self._checkpoints = checkpoint.Checkpoints(run)
-        self._metrics: logs.MetricsLog | None = None
+        self._checkpoints = Checkpoints(run_dir)
+        self._metrics: MetricsLog | None = None
         self._compiled = False
         self._describe(len(train), len(validation))
 
     @property
     def step(self) -> int:
-        """Steps taken since the run began."""
-        return int(self._state.step)
+        """Moves of the parameters since the run began."""
+        return int(self._state.step) // self._config.training.accumulate
 
-    def _check_steps(self) -> None:
-        settings, loss = self._config.training, self._config.loss
-        steps = settings.epochs * self._loader.steps_per_epoch
-        if loss.adversarial_weight and loss.adversarial_start >= steps:
-            raise ConfigError(
-                f"--adversarial-start {loss.adversarial_start} is not below the {steps} steps of this training "
-                f"({settings.epochs} epochs of {self._loader.steps_per_epoch}), so that no discriminator would join; "
-                "start it earlier"
-            )
+    def _check_warmup(self) -> None:
+        settings, batches = self._config.training, self._loader.batches_per_epoch
+        steps = settings.epochs * batches
         if settings.warmup_steps >= steps:
             raise ConfigError(
                 f"--warmup-steps {settings.warmup_steps} is not below the {steps} steps of this training "
-                f"({settings.epochs} epochs of {self._loader.steps_per_epoch}); warm up for a tenth of them, say"
+                f"({settings.epochs} epochs of {batches}); warm up for a tenth of them, say"
             )
 
     def _describe(self, train: int, validation: int) -> None:
@@ -189,9 +173,6 @@ class Trainer:
             + (f" in {processes} processes" if processes > 1 else "")
         )
         loss = self._config.loss
-        if self._state.adversary:
-            size = sum(leaf.size for leaf in jax.tree.leaves(self._state.adversary.params))
-            self._log(f"Discriminator: {size / 1e6:.2f} M parameters, joins after {loss.adversarial_start} steps")
         if loss.perceptual_weight and loss.vgg_weights == vgg_weights.RANDOM:
             layers = ", ".join(loss.perceptual_layers)
             self._log(
@@ -204,15 +185,14 @@ class Trainer:
         if resume and self._checkpoints.empty():
             self._log("Nothing was saved yet: starting from the beginning")
         elif resume:
-            self._state, values = self._checkpoints.restore(self._state, "newest")
-            self._progress = Progress(**values)
+            self._state, self._progress = self._checkpoints.restore(self._state, "newest")
             self._check_slices()
             if self._progress.loader:  # empty where the model was imported
                 self._loader.set_state(self._progress.loader)
             self._log(f"Resuming at step {self.step}, epoch {self._progress.epoch + 1}")
-        self._state = training.replicate(self._state)
+        self._state = replicate(self._state)
         if distributed.is_first():
-            self._metrics = logs.MetricsLog(self._run, self.step)
+            self._metrics = MetricsLog(self._run_dir, self.step)
 
     def _check_slices(self) -> None:
         before = self._progress.slices
@@ -225,22 +205,13 @@ class Trainer:
 
     def run(self, stop: distributed.Stop) -> None:
         """Trains until the last epoch is done or told to stop."""
-        while self._progress.epoch < self._config.training.epochs and not self._stale() and not stop:
+        while self._progress.epoch < self._config.training.epochs and not stop:
             clock = self._train_epoch(stop)
             if self._progress.steps_in_epoch < self._loader.steps_per_epoch:
                 self._save(None)
                 break
             self._finish_epoch(clock)
         self._checkpoints.wait()
-
-    def _stale(self) -> bool:
-        """Whether validation has not improved for so long that ``early_stopping`` ends the training."""
-        patience, progress = self._config.training.early_stopping, self._progress
-        stale = bool(patience) and progress.epoch - progress.best_epoch >= patience
-        if stale:
-            ago = progress.epoch - progress.best_epoch
-            self._log(f"Stopped early: the best validation SSIM, {progress.best_ssim:.4f}, was {ago} epochs ago")
-        return stale
 
     def _train_epoch(self, stop: distributed.Stop) -> Clock:
         progress, clock = self._progress, Clock()
@@ -252,12 +223,12 @@ class Trainer:
             begin = time.perf_counter()
             while progress.steps_in_epoch < steps and not stop.soon():
                 asked = time.perf_counter()
-                images = training.split_over_devices(next(self._loader))
+                images = split_over_devices(next(self._loader))
                 clock.waiting += time.perf_counter() - asked
-                self._state, metrics = self._train_step(self._state, images, self._vgg_params)
+                self._state, metrics = self._train_step(self._state, images, self._vgg_variables)
                 progress.steps_in_epoch += 1
-                clock.images += self._config.training.batch_size
-                in_flight.append((self._progress.epoch * steps + progress.steps_in_epoch, metrics))
+                clock.images += self._config.training.batch_size // self._config.training.accumulate
+                in_flight.append((progress.epoch * steps + progress.steps_in_epoch, metrics))
                 if not self._compiled:
                     jax.block_until_ready(metrics)
                     self._compiled = True
@@ -266,14 +237,14 @@ class Trainer:
                 if len(in_flight) > _STEPS_IN_FLIGHT:
                     self._collect(*in_flight.popleft(), bar)
                 bar.update()
-            for step, metrics in in_flight:
-                self._collect(step, metrics, bar)
+            for number, metrics in in_flight:
+                self._collect(number, metrics, bar)
             clock.total = time.perf_counter() - begin
         progress.loader = self._loader.get_state()
         return clock
 
-    def _collect(self, step: int, metrics: training.StepMetrics, bar: tqdm.tqdm) -> None:
-        """Adds a finished step's scalars to the epoch's sums; raises DivergenceError if one is not finite."""
+    def _collect(self, number: int, metrics: StepMetrics, bar: tqdm.tqdm) -> None:
+        """Adds the scalars of step ``number`` to the epoch's sums; raises DivergenceError if one is not finite."""
         config = self._config.loss
         values = {
             "loss": metrics.losses.total,
@@ -284,15 +255,9 @@ class Trainer:
         }
         if config.ssim_weight:
             values["ssim_loss"] = metrics.losses.ssim
-        if config.ms_ssim_weight:
-            values["ms_ssim_loss"] = metrics.losses.ms_ssim
-        if metrics.adversary:
-            values["generator"] = metrics.adversary.generator
-            values["discriminator"] = metrics.adversary.discriminator
-            values["adversarial_weight"] = metrics.adversary.weight
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         if not all(map(math.isfinite, values.values())):
-            raise DivergenceError(self._divergence(step, values))
+            raise DivergenceError(self._divergence(-(-number // self._config.training.accumulate), values))
         for name, value in values.items():
             self._progress.sums[name] = self._progress.sums.get(name, 0.0) + value
         bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
@@ -301,7 +266,8 @@ class Trainer:
         found = ", ".join(f"{name} {value:g}" for name, value in values.items())
         try:
             self._checkpoints.wait()
-            kept = f"the last good checkpoint is at step {self._checkpoints.step()}"
+            saved = self._checkpoints.step() // self._config.training.accumulate
+            kept = f"the last good checkpoint is at step {saved}"
         except CheckpointError:
             kept = "no checkpoint was saved before it"
         return f"the loss is not finite at step {step} ({found}); {kept}; try a lower --learning-rate"
@@ -309,11 +275,9 @@ class Trainer:
     def _finish_epoch(self, clock: Clock) -> None:
         progress, steps = self._progress, self._loader.steps_per_epoch
         means = {name: total / steps for name, total in progress.sums.items()}
-        result = self._validator.run(self._state.evaluated)
+        result = self._validator.run(self._state.variables, keep=self._drawn)
         summary = result.summary()
         progress.epoch, progress.steps_in_epoch, progress.sums = progress.epoch + 1, 0, {}
-        if summary["ssim"] > progress.best_ssim:
-            progress.best_ssim, progress.best_epoch = summary["ssim"], progress.epoch
         speed = {"images_per_second": clock.images / clock.total, "input_wait": clock.waiting / clock.total}
         rate = {"learning_rate": float(self._schedule(self.step - 1))}
         if self._metrics:
@@ -323,18 +287,17 @@ class Trainer:
         self._log(
             f"Epoch [{progress.epoch}/{self._config.training.epochs}], {parts}, "
             f"Val SSIM: {summary['ssim']:.4f}, Val PSNR: {summary['psnr']:.2f} dB, "
-            f"{result.code_use()}, "
+            f"Perplexity: {summary['perplexity']:.1f}, codes used: {summary['codebook_usage']:.1%}, "
             f"{speed['images_per_second']:.1f} images/s, Input wait: {speed['input_wait']:.1%}"
         )
-        if len(self._samples):
-            chosen = [int(index) for index in self._samples]
-            path = self._run / workdir.SAMPLES / f"epoch_{progress.epoch:04d}.png"
-            labels = [f"slice {index + 1}" for index in chosen]
-            self._validator.draw(self._state.evaluated, result, chosen, labels, path)
+        if self._drawn:
+            path = self._run_dir / runs.SAMPLES / f"epoch_{progress.epoch:04d}.png"
+            pairs = [result.kept[index] for index in self._drawn]
+            evaluate.draw(path, result, pairs, [f"slice {index + 1}" for index in self._drawn])
         self._save(summary["ssim"])
 
     def _save(self, ssim: float | None) -> None:
-        self._checkpoints.save(self._state, dataclasses.asdict(self._progress), ssim)
+        self._checkpoints.save(self._state, self._progress, ssim)
 
     def __enter__(self) -> "Trainer":
         return self

@@ -17,7 +17,8 @@ import tensorflow_datasets as tfds
 import tqdm
 
 from vqvae_jax.config import DataConfig
-from vqvae_jax.data import nifti, phantom, source
+from vqvae_jax.data import intensity, nifti, phantom, source
+from vqvae_jax.data.splits import SPLITS
 from vqvae_jax.errors import DataError
 
 PHANTOM = "phantom"
@@ -74,7 +75,7 @@ class HipMri(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         del dl_manager
-        return {split: self._generate_examples(split) for split in source.SPLITS}
+        return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         entries = [entry for entry in self._files.entries if entry.split == split]
@@ -105,7 +106,7 @@ class HipMri(tfds.core.GeneratorBasedBuilder):
     def _read(self, entry: source.Entry) -> tuple[list[nifti.Slice], tuple[float, float], str]:
         try:
             volume = self._files.read(entry)
-            limits = nifti.intensity_range(volume.voxels, self._config.scale_percentiles)
+            limits = intensity.intensity_range(volume.voxels, self._config.scale_percentiles)
             try:
                 return nifti.slices(volume, self._config.slice_axis), limits, ""
             except DataError as error:
@@ -122,7 +123,7 @@ class HipMri(tfds.core.GeneratorBasedBuilder):
 
     def _refuse_empty(self, split: str) -> None:
         """Stops a build that TFDS would fail anyway; reads the splits after it, to name their bad files too."""
-        later = source.SPLITS[source.SPLITS.index(split) + 1 :]
+        later = SPLITS[SPLITS.index(split) + 1 :]
         entries = [entry for entry in self._files.entries if entry.split in later]
         self.unreadable += [problem for *_, problem in _ahead(self._read, entries) if problem]
         raise DataError(f"{self._unusable()}. Mend or replace them: split {split} holds no readable file")

@@ -1,30 +1,48 @@
 """Batches for training and evaluation: Grain shuffles, shards by process, prefetches and can be resumed."""
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
 from vqvae_jax.config import DataConfig
-from vqvae_jax.data import nifti
+from vqvae_jax.data import hip_mri
+from vqvae_jax.data.grid import fit
+from vqvae_jax.data.intensity import scale
 from vqvae_jax.errors import DataError
+from vqvae_jax.runtime import distributed
 
 _READ_SLICES = grain.ReadOptions(num_threads=2, prefetch_buffer_size=64)
 _READ_BATCHES = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)  # 4 MB each of 32 slices of 256 x 128
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
-    """One slice on its own grid: ``pixels`` float32 [H, W] in [0, 1], and where it comes from."""
+    """One slice as it was acquired, and where it comes from.
 
-    pixels: np.ndarray
+    Attributes:
+      index: its place in the split.
+      intensities: float32 [H, W] on its own grid.
+      range: the intensities of its file that become 0 and 1.
+      file, case, slice: its origin.
+      affine: float64 [4, 4] from (row, column, 0) to mm.
+    """
+
+    index: int
+    intensities: np.ndarray
+    range: tuple[float, float]
     file: str
     case: str
     slice: int
-    range: tuple[float, float]
     affine: np.ndarray
+
+    @functools.cached_property
+    def pixels(self) -> np.ndarray:
+        """float32 [H, W] in [0, 1] on its own grid."""
+        return scale(self.intensities, *self.range)
 
 
 class Slices:
@@ -51,60 +69,91 @@ class Slices:
     def __getitem__(self, index: int) -> np.ndarray:
         if self._kept is not None and self._kept[index] is not None:
             return self._kept[index]
-        record = self._records[index]
-        pixels = nifti.scale(record["image"], *record["range"])
-        fitted = nifti.fit(pixels, self.image_shape[:2], self._config.fit)[..., None]
-        if self._kept is not None:
-            self._kept[index] = fitted
-        return fitted
-
-    def intensities(self, index: int) -> np.ndarray:
-        """One slice as acquired: float32 [H, W] on its own grid."""
-        return self._records[index]["image"]
+        return self.fitted(self.sample(index))
 
     def sample(self, index: int) -> Sample:
-        """One slice on its own grid, with its origin."""
+        """One slice as it was acquired."""
         record = self._records[index]
         low, high = (float(value) for value in record["range"])
         return Sample(
-            pixels=nifti.scale(record["image"], low, high),
+            index=int(index),
+            intensities=record["image"],
+            range=(low, high),
             file=record["file"].decode(),
             case=record["case"].decode(),
             slice=int(record["slice"]),
-            range=(low, high),
             affine=record["affine"],
         )
 
+    def fitted(self, sample: Sample) -> np.ndarray:
+        """A slice as the model takes it."""
+        if self._kept is not None and self._kept[sample.index] is not None:
+            return self._kept[sample.index]
+        image = fit(sample.pixels, self.image_shape[:2], self._config.fit)[..., None]
+        if self._kept is not None:
+            self._kept[sample.index] = image
+        return image
+
+
+def open_splits(
+    config: DataConfig, image_size: tuple[int, int], splits: Sequence[str], log: Callable[[str], None] = print
+) -> list[Slices]:
+    """The slices of some splits; of several processes, the first builds the data set.
+
+    Args:
+      config: where the files are and how to read them.
+      image_size: the model's height and width.
+      splits: some of train, validation and test.
+      log: is given lines for people.
+
+    Raises:
+      DataError: no data, or files that cannot be read (all are named).
+    """
+    with distributed.first_alone():
+        builder = hip_mri.prepare(config, image_size, log)
+    return [Slices(builder.as_data_source(split=split), config, image_size) for split in splits]
+
 
 class TrainLoader:
-    """An endless stream of training batches [batch_size / processes, H, W, 1].
+    """An endless stream of training images [batch_size / parts / processes, H, W, 1].
 
     The stream is a function of the seed alone: each epoch is one permutation of the split cut into
-    ``steps_per_epoch`` batches (what is left over differs from epoch to epoch), and the processes share
-    each batch between them, so that a run resumes with another number of processes.
+    ``batches_per_epoch`` batches (what is left over differs from epoch to epoch). Each batch is cut into ``parts``,
+    one step each, which the processes share between them, so that a run resumes with another number of processes.
 
     Args:
       slices: the training split.
-      batch_size: slices in a step, over all processes.
+      batch_size: slices in a batch, over all processes.
       seed: fixes the order.
-      process_index, process_count: which part of every batch is this process's.
+      parts: steps that a batch is given in.
+      process_index, process_count: which share of every step is this process's.
 
     Raises:
-      DataError: fewer slices than one batch, or processes that do not divide the batch.
+      DataError: fewer slices than one batch, or processes that do not divide a step's slices.
     """
 
-    def __init__(self, slices: Slices, batch_size: int, seed: int, *, process_index: int = 0, process_count: int = 1):
+    def __init__(
+        self,
+        slices: Slices,
+        batch_size: int,
+        seed: int,
+        *,
+        parts: int = 1,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
         if len(slices) < batch_size:
             raise DataError(
                 f"the training split has {len(slices)} slices, fewer than one batch of {batch_size}; "
                 f"use --batch-size {len(slices)} or less"
             )
-        if batch_size % process_count:
+        if batch_size % (parts * process_count):
             raise DataError(f"--batch-size {batch_size} does not divide over {process_count} processes")
-        self.steps_per_epoch = len(slices) // batch_size
-        whole = self.steps_per_epoch * batch_size
+        self.batches_per_epoch = len(slices) // batch_size
+        self.steps_per_epoch = self.batches_per_epoch * parts
+        whole = self.batches_per_epoch * batch_size
         dataset = grain.MapDataset.source(slices).seed(seed).shuffle()[:whole][process_index::process_count]
-        dataset = dataset.batch(batch_size // process_count, drop_remainder=True).repeat()
+        dataset = dataset.batch(batch_size // parts // process_count, drop_remainder=True).repeat()
         self._iterator = iter(dataset.to_iter_dataset(_READ_BATCHES))
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -122,13 +171,13 @@ class TrainLoader:
         self._iterator.set_state(state)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class EvalBatch:
-    """``images`` [B, H, W, 1]; ``mask`` float32 [B], 0 where the last batch is padded; ``indices`` [B]."""
+    """``images`` [B, H, W, 1]; ``mask`` float32 [B], 0 where the batch is padded; ``samples`` of what is not padded."""
 
     images: np.ndarray
     mask: np.ndarray
-    indices: np.ndarray
+    samples: list[Sample]
 
 
 def eval_batches(
@@ -136,15 +185,33 @@ def eval_batches(
 ) -> Iterator[EvalBatch]:
     """All slices once and in order, in batches of ``batch_size``, the last padded with blank images.
 
-    Every process yields the same number of batches, over its own share of the slices.
+    Every process yields the same number of batches, over its own share of the slices. Each record is read once.
     """
     own = range(process_index, len(slices), process_count)
-    rows = -(-len(slices) // process_count)
-    stream = iter(grain.MapDataset.source(slices)[own.start :: own.step].to_iter_dataset(_READ_SLICES))
-    for start in range(0, rows, batch_size):
-        indices = np.zeros(batch_size, np.int32)
-        mask = np.zeros(batch_size, np.float32)
-        images = np.zeros((batch_size, *slices.image_shape), np.float32)
-        for row, index in enumerate(own[start : start + batch_size]):
-            indices[row], mask[row], images[row] = index, 1, next(stream)
-        yield EvalBatch(images, mask, indices)
+    stream = iter(grain.MapDataset.source(_Prepared(slices))[own.start :: own.step].to_iter_dataset(_READ_SLICES))
+    for _ in range(0, -(-len(slices) // process_count), batch_size):
+        yield batch_of([next(stream) for _ in own[:batch_size]], batch_size, slices.image_shape)
+        own = own[batch_size:]
+
+
+def batch_of(prepared: Sequence[tuple[Sample, np.ndarray]], batch_size: int, shape: tuple[int, ...]) -> EvalBatch:
+    """At most ``batch_size`` slices, each with the image of this shape that the model takes, as one batch."""
+    images = np.zeros((batch_size, *shape), np.float32)
+    for row, (_, image) in enumerate(prepared):
+        images[row] = image
+    mask = (np.arange(batch_size) < len(prepared)).astype(np.float32)
+    return EvalBatch(images, mask, [sample for sample, _ in prepared])
+
+
+class _Prepared:
+    """Slices as Grain's threads prepare them for evaluation."""
+
+    def __init__(self, slices: Slices):
+        self._slices = slices
+
+    def __len__(self) -> int:
+        return len(self._slices)
+
+    def __getitem__(self, index: int) -> tuple[Sample, np.ndarray]:
+        sample = self._slices.sample(index)
+        return sample, self._slices.fitted(sample)

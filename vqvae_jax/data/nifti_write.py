@@ -8,9 +8,9 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from vqvae_jax import files
 from vqvae_jax.data import nifti
 from vqvae_jax.errors import DataError
+from vqvae_jax.runtime.files import write_whole
 
 SUFFIXES = (".nii", ".nii.gz")
 _GZIP_LEVEL = 6  # gzip's own default: above it, much more time for hardly fewer bytes
@@ -60,7 +60,7 @@ def write(path: Path, voxels: np.ndarray, header: bytes, *, overwrite: bool = Fa
     if path.name.endswith(".gz"):
         content = gzip.compress(content, _GZIP_LEVEL, mtime=0)  # the same bytes at any time
     try:
-        files.write_whole(path, content)
+        write_whole(path, content)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
 

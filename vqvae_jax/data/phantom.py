@@ -12,15 +12,11 @@ import numpy as np
 from tqdm import tqdm
 
 from vqvae_jax.data.pelvis import FIELD_OF_VIEW, HALF_DEPTH, render_slice
-from vqvae_jax.errors import ConfigError, DataError
+from vqvae_jax.data.splits import SPLIT_FOLDERS
+from vqvae_jax.errors import DataError, require
 
 FORMAT_VERSION = 1  # raise it whenever the same spec no longer gives the same files
 RECORD_NAME = "phantom.json"
-SPLIT_FOLDERS = {
-    "train": "keras_slices_train",
-    "validation": "keras_slices_validate",
-    "test": "keras_slices_test",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,20 +39,15 @@ class PhantomSpec:
         object.__setattr__(self, "size", tuple(self.size))
         for name in ("train_cases", "validation_cases", "test_cases", "slices_per_case"):
             count = getattr(self, name)
-            _require(_whole(count, 1), f"PhantomSpec.{name}", "a whole number of at least 1", count)
+            require(_whole(count, 1), f"PhantomSpec.{name}", count, "a whole number of at least 1")
         fits = len(self.size) == 2 and all(_whole(n, 8) for n in self.size)
-        _require(fits, "PhantomSpec.size", "two whole numbers of at least 8", self.size)
-        _require(0 <= self.noise < 1, "PhantomSpec.noise", "in [0, 1)", self.noise)
-        _require(_whole(self.seed, 0), "PhantomSpec.seed", "a whole number of at least 0", self.seed)
+        require(fits, "PhantomSpec.size", self.size, "two whole numbers of at least 8")
+        require(0 <= self.noise < 1, "PhantomSpec.noise", self.noise, "in [0, 1)")
+        require(_whole(self.seed, 0), "PhantomSpec.seed", self.seed, "a whole number of at least 0")
 
 
 def _whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _require(holds: bool, name: str, wanted: str, found: object) -> None:
-    if not holds:
-        raise ConfigError(f"{name} must be {wanted}; it is {found!r}.")
 
 
 def write_phantom(folder: Path, spec: PhantomSpec, progress: bool = False) -> Path:

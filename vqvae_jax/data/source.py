@@ -1,4 +1,4 @@
-"""Find the NIfTI files of a data set, in a zip or a folder, and say which split and case each belongs to."""
+"""Find and read the NIfTI files of a data set, in a zip or a folder."""
 
 import dataclasses
 import hashlib
@@ -7,26 +7,16 @@ import re
 import stat
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from vqvae_jax.data import nifti
+from vqvae_jax.data import nifti, splits
 from vqvae_jax.errors import ConfigError, DataError
 
-SPLITS = ("train", "validation", "test")
-SPLIT_FOLDERS = {
-    "keras_slices_train": "train",
-    "keras_slices_validate": "validation",
-    "keras_slices_test": "test",
-}
-SEGMENTATION_PREFIX = "keras_slices_seg_"
 SUFFIXES = (".nii", ".nii.gz")
 DEFAULT_NAME = "HipMRI_study_keras_slices_data"
 DEFAULT_FOLDER = Path("data")
 MAX_UNZIPPED_BYTES = 256 * 2**30
 """A zip that announces more than this is refused; the HipMRI study unzips to about 1 GB."""
-_HELD_OUT_SHARE = 0.1
-_BIDS_SUBJECT = re.compile(r"(?<![^/_])sub-[A-Za-z0-9]+")
-_HIPMRI_NAME = re.compile(r"(?P<case>case_[^_/]+)_week_(?P<week>\d+)_slice_(?P<slice>\d+)\.nii")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +65,7 @@ class Source:
 
     Args:
       path: the zip or folder.
-      case_pattern: regular expression whose match in a file's name is its case; see ``case_of``.
+      case_pattern: regular expression whose match in a file's name is its case; see ``splits.case_of``.
 
     Raises:
       DataError: no NIfTI files, an unsafe or damaged zip, a missing split, or too few cases to split.
@@ -94,12 +84,12 @@ class Source:
         else:
             self._zip = _open_zip(path)
             found = _list_zip(self._zip, path)
-        found = {name: facts for name, facts in found.items() if _is_image(name)}
+        found = {name: facts for name, facts in found.items() if splits.is_image(name)}
         if not found:
             raise DataError(f"{path}: holds no .nii or .nii.gz files; {_where_to_get_data()}")
-        self.is_hipmri, places = _place(found, path, pattern)
+        self.is_hipmri, places = splits.place(found, path, pattern)
         self.entries = [
-            Entry(name, *found[name], split, case, *_week_and_slice(name))
+            Entry(name, *found[name], split, case, *splits.week_and_slice(name))
             for name, (split, case) in sorted(places.items(), key=lambda item: (_natural(item[0]), item[0]))
         ]
 
@@ -168,7 +158,7 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
 def _list_zip(archive: zipfile.ZipFile, path: Path) -> dict[str, tuple[int, str]]:
     found, total = {}, 0
     for info in archive.infolist():
-        parts = _path(info.filename).parts
+        parts = splits.path_of(info.filename).parts
         if ".." in parts or info.filename.startswith(("/", "\\")) or (parts and parts[0].endswith(":")):
             raise DataError(f"{path}: member {info.filename!r} points outside the zip's own folder; repack it without")
         if stat.S_ISLNK(info.external_attr >> 16):
@@ -183,92 +173,6 @@ def _list_zip(archive: zipfile.ZipFile, path: Path) -> dict[str, tuple[int, str]
     return found
 
 
-def _path(name: str) -> PurePosixPath:
-    return PurePosixPath(name.replace("\\", "/"))  # some Windows programs zip with backslashes
-
-
-def _is_image(name: str) -> bool:
-    parts = _path(name).parts
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-    return not hidden and not any(part.startswith(SEGMENTATION_PREFIX) for part in parts[:-1])
-
-
-def _place(found: dict, path: Path, pattern: re.Pattern | None) -> tuple[bool, dict[str, tuple[str, str]]]:
-    """Split and case of every file that is part of the data set; and whether it brings its own splits."""
-    given = {}
-    for name in found:
-        for folder in _path(name).parts[:-1][:2]:
-            if folder in SPLIT_FOLDERS:
-                given[name] = (SPLIT_FOLDERS[folder], case_of(name, pattern))
-                break
-    if not given:
-        return False, split_by_case({name: case_of(name, pattern) for name in found}, path)
-    missing = [folder for folder, split in SPLIT_FOLDERS.items() if split not in {s for s, _ in given.values()}]
-    if missing:
-        raise DataError(
-            f"{path}: holds no .nii or .nii.gz files in {', '.join(missing)}, which the HipMRI layout needs beside "
-            f"{', '.join(folder for folder in SPLIT_FOLDERS if folder not in missing)}; add them, or rename the "
-            "folders to have the files split by case"
-        )
-    return True, given
-
-
-def case_of(name: str, pattern: re.Pattern | None = None) -> str:
-    """The case (patient) that a file belongs to, from its path below the data set's root.
-
-    By default ``case_<id>`` of HipMRI names, or BIDS's ``sub-<label>``; else the first folder with a digit in
-    its name; else the file name up to and with its first number (``prostatex_0001_tra.nii.gz`` ->
-    ``prostatex_0001``); else the file name. With ``pattern``: what it matches (its first group if it has
-    one), else as above.
-    """
-    if pattern and (match := pattern.search(name)):
-        return (pattern.groups and match.group(1)) or match.group()
-    path = _path(name)
-    if match := _HIPMRI_NAME.search(path.name):
-        return match["case"]
-    if match := _BIDS_SUBJECT.search(name):
-        return match[0]
-    for folder in path.parts[:-1]:
-        if re.search(r"\d", folder):
-            return folder
-    stem = path.name.removesuffix(".gz").removesuffix(".nii")
-    match = re.match(r"\D*\d+", stem)
-    return match[0] if match else stem
-
-
-def split_by_case(cases: dict[str, str], path: Path) -> dict[str, tuple[str, str]]:
-    """Splits files 80/10/10 by a stable hash of their case: {name: case} to {name: (split, case)}.
-
-    A case keeps its split when others are added; only where validation or testing would be empty does
-    the case of the next lowest hash move there.
-
-    Raises:
-      DataError: fewer than three cases.
-    """
-    ranks = {case: int(hashlib.sha256(case.encode()).hexdigest()[:12], 16) / 16**12 for case in set(cases.values())}
-    if len(ranks) < len(SPLITS):
-        raise DataError(
-            f"{path}: its {len(cases)} files belong to {len(ranks)} case(s) ({', '.join(sorted(ranks))}), and a split "
-            "by case needs 3 or more; set --case-pattern, or make folders keras_slices_train, keras_slices_validate "
-            "and keras_slices_test"
-        )
-    splits = {
-        case: "test" if rank < _HELD_OUT_SHARE else "validation" if rank < 2 * _HELD_OUT_SHARE else "train"
-        for case, rank in ranks.items()
-    }
-    for wanted in SPLITS:
-        if wanted not in splits.values():
-            most = max(SPLITS, key=list(splits.values()).count)
-            lowest = min((case for case in splits if splits[case] == most), key=ranks.get)
-            splits[lowest] = wanted
-    return {name: (splits[case], case) for name, case in cases.items()}
-
-
-def _week_and_slice(name: str) -> tuple[int, int]:
-    match = _HIPMRI_NAME.search(name)
-    return (int(match["week"]), int(match["slice"])) if match else (-1, -1)
-
-
 def _natural(name: str) -> list:
     """Sort key that puts slice 2 before slice 10."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]
@@ -279,6 +183,6 @@ def describe(source: Source) -> Iterator[str]:
     how = "its own splits" if source.is_hipmri else "split by case"
     counts = ", ".join(
         f"{split} {sum(entry.split == split for entry in source.entries)} files of {len(source.cases(split))} cases"
-        for split in SPLITS
+        for split in splits.SPLITS
     )
     yield f"Data: {source.path} ({how}): {counts}"

@@ -10,25 +10,16 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 LEAKY_SLOPE = 0.2
 BATCH_NORM_MOMENTUM = 0.9
 """Share of the old running statistics kept at each step (PyTorch's momentum 0.1 says the same)."""
 BATCH_NORM_EPSILON = 1e-5
-GROUP_NORM_EPSILON = 1e-5
-MOST_GROUPS = 32
-"""Groups of group norm, where the channels allow it: the paper's default (Wu and He 2018, table 3)."""
-LEAST_GROUP = 4
-"""Channels of the smallest group. Groups of one would take each channel's mean from an image, and its brightness
-with it; four is what 32 groups leave of the 128 channels of the default widths."""
 EXPENSIVE, BLOCK = "expensive", "block"
 """Names, for ``jax.checkpoint``, of what is slow to compute again, and of what each block returns."""
 QUERIES_AT_ONCE = 512
 """Queries in one block of attention: the fastest of 128 to 2048 on a CPU, within a few per cent."""
-NEAREST = np.float32([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
-"""4 x 4 = NEAREST k NEAREST^T: the transposed convolution that enlarges, then convolves with a 3 x 3 kernel k."""
 
 Dtype = Any
 
@@ -71,35 +62,18 @@ class Conv(nn.Module):
         return checkpoint_name(convolution(x), EXPENSIVE)
 
 
-def groups_of(channels: int) -> int:
-    """Groups of group norm: as many as divide ``channels``, up to MOST_GROUPS, of LEAST_GROUP channels or more."""
-    most = min(MOST_GROUPS, channels // LEAST_GROUP)
-    return max((groups for groups in range(1, most + 1) if channels % groups == 0), default=1)
-
-
 class Norm(nn.Module):
-    """Normalises [N, H, W, C], then scales and shifts each channel.
+    """Batch norm of [N, H, W, C] (Ioffe and Szegedy 2015, arXiv:1502.03167).
 
-    ``kind`` "batch": over all images on all devices of ``axis_name`` (on this one where it is None), with running
-    statistics in the collection ``batch_stats`` for when ``train`` is False. ``kind`` "group": over each image's
-    positions and groups of its channels (Wu and He 2018, arXiv:1803.08494), alike in training and after, with no
-    statistics to keep.
+    Over all images on all devices of ``axis_name`` (on this one where it is None), with running statistics in the
+    collection ``batch_stats`` for when ``train`` is False.
     """
 
     axis_name: str | None = None
     dtype: Dtype = jnp.float32
-    kind: Literal["batch", "group"] = "batch"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        if self.kind == "group":
-            return nn.GroupNorm(
-                groups_of(x.shape[-1]),
-                epsilon=GROUP_NORM_EPSILON,
-                use_fast_variance=False,
-                dtype=self.dtype,
-                name="group_norm",
-            )(x)
         return nn.BatchNorm(
             use_running_average=not train,
             momentum=BATCH_NORM_MOMENTUM,
@@ -123,34 +97,22 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the sides: [N, H, W, C] -> [N, 2 H, 2 W, features].
+    """4 x 4 transposed convolution of stride 2, padding 1: [N, H, W, C] -> [N, 2 H, 2 W, features].
 
-    ``upsampling`` "transposed": 4 x 4 transposed convolution of stride 2, padding 1. "nearest": each pixel becomes
-    2 x 2 of its value, then a 3 x 3 convolution, padding 1. All its output pixels see the whole kernel, so that it
-    cannot draw a checkerboard where the input has none (Odena et al. 2016, "Deconvolution and checkerboard
-    artifacts"); it is the transposed convolution whose 4 x 4 kernel is made of the 3 x 3 one by sums.
-
-    Computed as sub-pixel convolutions (Shi et al. 2016, arXiv:1609.05158): output pixels of one parity see
-    just 2 x 2 input pixels, so a 2 x 2 convolution gives each of the four parities, which are interleaved.
-    "transposed" is ``torch.nn.ConvTranspose2d(C, features, 4, 2, 1)``'s map, and ``kernel`` [4, 4, C, features]
-    its weight with the axes in this order; for "nearest" it is [3, 3, C, features]. On a CPU, XLA's own transposed
-    convolution has a gradient many times slower.
+    The map of ``torch.nn.ConvTranspose2d(C, features, 4, 2, 1)``; ``kernel`` [4, 4, C, features] is its weight with
+    the axes in this order. Computed as sub-pixel convolutions (Shi et al. 2016, arXiv:1609.05158): output pixels of
+    one parity see just 2 x 2 input pixels, so a 2 x 2 convolution gives each of the four parities, which are
+    interleaved. On a CPU, XLA's own transposed convolution has a gradient many times slower.
     """
 
     features: int
     dtype: Dtype = jnp.float32
-    upsampling: Literal["transposed", "nearest"] = "transposed"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        channels = x.shape[-1]
-        size = 3 if self.upsampling == "nearest" else 4
-        # PyTorch counts a transposed convolution's fan-in over its output channels.
-        fan_in = size**2 * (channels if self.upsampling == "nearest" else self.features)
-        kernel = self.param("kernel", bias_init(fan_in), (size, size, channels, self.features), jnp.float32)
+        fan_in = 16 * self.features  # PyTorch counts a transposed convolution's fan-in over its output channels
+        kernel = self.param("kernel", bias_init(fan_in), (4, 4, x.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", bias_init(fan_in), (self.features,), jnp.float32)
-        if self.upsampling == "nearest":
-            kernel = jnp.einsum("ia,jb,abcf->ijcf", NEAREST, NEAREST, kernel, precision=jax.lax.Precision.HIGHEST)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         rows = [jnp.stack([_phase(x, kernel, p, q) for q in (0, 1)], axis=3) for p in (0, 1)]
         out = jnp.stack(rows, axis=2)  # [N, H, 2, W, 2, features]
@@ -179,13 +141,12 @@ class ResidualBlock(nn.Module):
 
     axis_name: str | None = None
     dtype: Dtype = jnp.float32
-    norm: Literal["batch", "group"] = "batch"
     residual: Literal["post", "pre"] = "post"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         features = x.shape[-1]
-        norm = {"axis_name": self.axis_name, "dtype": self.dtype, "kind": self.norm}
+        norm = {"axis_name": self.axis_name, "dtype": self.dtype}
         if self.residual == "pre":
             y = leaky_relu(Norm(**norm, name="norm1")(x, train=train))
             y = Conv(features, 3, padding=1, dtype=self.dtype, name="conv1")(y)
@@ -206,7 +167,6 @@ def residual_stack(
     train: bool,
     axis_name: str | None,
     dtype: Dtype,
-    norm: Literal["batch", "group"],
     residual: Literal["post", "pre"],
 ) -> jax.Array:
     """``blocks`` residual blocks, one after another: [N, H, W, C] -> [N, H, W, C].
@@ -214,10 +174,10 @@ def residual_stack(
     For a compact method, whose submodules ``residual1`` and so on they become.
     """
     for number in range(blocks):
-        block = ResidualBlock(axis_name, dtype, norm, residual, name=f"residual{number + 1}")
+        block = ResidualBlock(axis_name, dtype, residual, name=f"residual{number + 1}")
         x = block(x, train=train)
     if residual == "pre" and blocks:
-        x = leaky_relu(Norm(axis_name, dtype, norm, name="residual_norm")(x, train=train))  # the last sum had neither
+        x = leaky_relu(Norm(axis_name, dtype, name="residual_norm")(x, train=train))  # the last sum had neither
     return x
 
 

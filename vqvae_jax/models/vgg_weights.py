@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import os
 import queue
 import re
 import tempfile
@@ -18,6 +17,7 @@ import numpy as np
 from vqvae_jax.errors import WeightsError
 from vqvae_jax.models import vgg16
 from vqvae_jax.models.vgg16 import Convolution, Variables
+from vqvae_jax.runtime.files import cache_folder, write_whole
 
 RANDOM = "random"
 AUTO = "auto"
@@ -108,7 +108,7 @@ def on_hand(weights: str | Path, *layers: str) -> Variables | None:
 def cached(layer: str) -> Path:
     """A safetensors file of torchvision's weights that reaches `layer`, made if this is the first time.
 
-    It lies in $XDG_CACHE_HOME/vqvae_jax (by default ~/.cache/vqvae_jax) and is replaced as a whole or not at all:
+    It lies in the cache folder (`files.cache_folder`) and is replaced as a whole or not at all:
     7 MB down to relu3_3, 59 MB down to relu5_3. It is cut from the Hub's file of 554 MB at the pinned revision:
     from huggingface_hub's own cache if that has it, else downloaded, and deleted once cut. The 554 MB must have the
     sha256 that the Hub announces, and each tensor its type, shape and finite values. HF_ENDPOINT, HF_HUB_OFFLINE,
@@ -126,9 +126,7 @@ def cached(layer: str) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            unfinished = Path(folder) / path.name
-            _fetch(Path(folder) / FILE, unfinished, needed)
-            unfinished.replace(path)
+            write_whole(path, _fetch(Path(folder) / FILE, needed))
     except OSError as error:
         raise WeightsError(
             f"{path}: cannot be written ({error}); set XDG_CACHE_HOME to a folder that can, with 600 MB free"
@@ -139,17 +137,17 @@ def cached(layer: str) -> Path:
 def _cache_path(*layers: str) -> Path:
     last = list(vgg16.up_to(*layers, CACHED_LAYER).values())[-1].name
     try:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        root = cache_folder()
     except RuntimeError as error:
         raise WeightsError(f"--vgg-weights auto: no folder to cache them in ({error}); set XDG_CACHE_HOME") from error
-    return root / "vqvae_jax" / f"vgg16-tv_in1k-{REVISION[:8]}-to-{last}.safetensors"
+    return root / f"vgg16-tv_in1k-{REVISION[:8]}-to-{last}.safetensors"
 
 
-def _fetch(download: Path, path: Path, needed: dict[str, Convolution]) -> None:
-    """Writes the tensors that are needed to ``path``, from huggingface_hub's cache or by way of ``download``."""
+def _fetch(download: Path, needed: dict[str, Convolution]) -> bytes:
+    """A safetensors file of the tensors that are needed, from huggingface_hub's cache or by way of ``download``."""
     import huggingface_hub  # noqa: PLC0415 - only for those who fetch
     from safetensors import safe_open  # noqa: PLC0415
-    from safetensors.numpy import save_file  # noqa: PLC0415
+    from safetensors.numpy import save  # noqa: PLC0415
 
     url = huggingface_hub.hf_hub_url(REPOSITORY, FILE, revision=REVISION)
     found = huggingface_hub.try_to_load_from_cache(REPOSITORY, FILE, revision=REVISION)
@@ -171,7 +169,7 @@ def _fetch(download: Path, path: Path, needed: dict[str, Convolution]) -> None:
             raise
         reason = " ".join(str(error).replace(url, FILE).split()) or type(error).__name__
         raise WeightsError(f"--vgg-weights auto: cannot fetch {url} ({reason}); {_WAYS_ON}") from error
-    save_file(tensors, path, {"source": f"https://huggingface.co/{REPOSITORY}, revision {REVISION}"})
+    return save(tensors, {"source": f"https://huggingface.co/{REPOSITORY}, revision {REVISION}"})
 
 
 def _download(url: str, path: Path) -> str:

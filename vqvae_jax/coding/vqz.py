@@ -1,0 +1,222 @@
+"""The .vqz file: a volume's codes and all that is needed to make a NIfTI file of them (docs/vqz.md)."""
+
+import base64
+import binascii
+import dataclasses
+import json
+import math
+import string
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vqvae_jax.coding import entropy
+from vqvae_jax.coding.encoded import EncodedImages, EncodedNifti
+from vqvae_jax.data import nifti_write
+from vqvae_jax.data.nifti import MAX_DEFLATE_RATIO, MAX_INTENSITY
+from vqvae_jax.errors import DataError
+from vqvae_jax.runtime.files import write_whole
+
+MAGIC = b"\x93VQZ\r\n\x1a\n"
+"""As PNG's: the first byte and the line ends show a file that was transferred as text."""
+VERSION = 1
+MAX_VOXELS_PER_BYTE = MAX_DEFLATE_RATIO
+"""A file is padded to this, so that its size bounds what its reader allocates, as a NIfTI file's does."""
+MAX_WORK_PER_BYTE = 1 << 18
+WORK_PER_GRID, WORK_PER_CODE = 1 << 20, 1 << 12
+"""A file is padded to one byte for this much work, WORK_PER_GRID a slice and WORK_PER_CODE + K a code: so its size
+bounds the time, too."""
+
+_PREFIX = struct.Struct("<8sHI")  # magic, version, bytes of deflated header
+_CHECKSUM = struct.Struct("<I")
+_MAX_HEADER = 1 << 18
+_ADVICE = "copy it again, or encode the image again"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VqzFile:
+    """What a .vqz file holds.
+
+    Attributes:
+      encoded: the NIfTI file.
+      num_embeddings: K.
+      fingerprint: of the model, hexadecimal.
+    """
+
+    encoded: EncodedNifti
+    num_embeddings: int
+    fingerprint: str
+
+
+def to_bytes(file: VqzFile) -> bytes:
+    """The .vqz file. Raises DataError if its header is too long (some ten thousand slices, each with its own range)."""
+    images, num_embeddings = file.encoded.images, file.num_embeddings
+    payload, classes = entropy.encode(images.indices, num_embeddings)
+    ranges = np.asarray(images.ranges, "<f4")
+    if (ranges == ranges[0]).all():
+        ranges = ranges[:1]
+    nifti = zlib.compress(file.encoded.header, 9)
+    header = {
+        "shape": images.shape,
+        "slice_axis": file.encoded.slice_axis,
+        "ranges": base64.b64encode(ranges.tobytes()).decode(),
+        "grid": images.indices.shape[1:],
+        "num_embeddings": num_embeddings,
+        "classes": entropy.classes_to_text(classes),
+        "bytes": len(payload),
+        "model": file.fingerprint,
+        "nifti": len(nifti),
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    if len(text) > _MAX_HEADER:
+        raise DataError(f"needs a header of {len(text)} bytes, more than the {_MAX_HEADER} that a .vqz file may have")
+    deflated = zlib.compress(text, 9)
+    content = b"".join([_PREFIX.pack(MAGIC, VERSION, len(deflated)), deflated, nifti, payload])
+    least = _least_size(images.shape, images.indices.shape, num_embeddings)
+    content += bytes(max(0, least - len(content) - _CHECKSUM.size))
+    return content + _CHECKSUM.pack(zlib.crc32(content))
+
+
+def from_bytes(content: bytes) -> VqzFile:
+    """Inverse of ``to_bytes``. Allocates no more than the content's length justifies.
+
+    Raises:
+      DataError: this is not a whole, unaltered .vqz file of a version known here. The message gives the reason alone.
+    """
+    if not content.startswith(MAGIC):
+        raise DataError("is not a .vqz file; expected what scripts/encode.py writes")
+    if len(content) < _PREFIX.size + _CHECKSUM.size:
+        raise DataError(f"is truncated: {len(content)} bytes; {_ADVICE}")
+    _, version, length = _PREFIX.unpack_from(content)
+    if version != VERSION:
+        raise DataError(f"is of version {version}; expected {VERSION}: use the vqvae_jax that wrote it, or a newer one")
+    body = memoryview(content)[: -_CHECKSUM.size]
+    if zlib.crc32(body) != _CHECKSUM.unpack(content[-_CHECKSUM.size :])[0]:
+        raise DataError(f"is truncated or altered (its checksum does not match); {_ADVICE}")
+    try:
+        header = _read_header(_inflate(body[_PREFIX.size :][:length], _MAX_HEADER))
+        return _parse(header, body[_PREFIX.size + length :], len(content))
+    except DataError as error:
+        raise DataError(f"{error}; {_ADVICE}") from error
+
+
+def save(path: Path, file: VqzFile) -> int:
+    """Writes a .vqz file whole or not at all, and returns its size in bytes. Raises DataError if it cannot."""
+    try:
+        content = to_bytes(file)
+        write_whole(path, content)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    return len(content)
+
+
+def load(path: Path) -> VqzFile:
+    """Reads a .vqz file. Raises DataError, with the file's name, as ``from_bytes`` does."""
+    try:
+        if path.is_fifo():  # which would be waited for
+            raise DataError("is a pipe; expected a file")
+        return from_bytes(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened ({error.strerror or error})") from error
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _least_size(shape: tuple[int, ...], indices: tuple[int, ...], num_embeddings: int) -> int:
+    """Bytes that a file with so many voxels, and indices of such a shape and K, has at least."""
+    work = indices[0] * WORK_PER_GRID + math.prod(indices) * (WORK_PER_CODE + num_embeddings)
+    return max(-(-work // MAX_WORK_PER_BYTE), -(-math.prod(shape) // MAX_VOXELS_PER_BYTE))
+
+
+def _inflate(deflated: memoryview, most: int) -> bytes:
+    inflater = zlib.decompressobj()
+    try:
+        content = inflater.decompress(deflated, most + 1)
+    except zlib.error as error:
+        raise DataError(f"has a damaged header ({error})") from error
+    if len(content) > most or not inflater.eof or inflater.unused_data:
+        raise DataError("has a damaged header (its length is wrong)")
+    return content
+
+
+def _read_header(content: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError("has a damaged header (it is not JSON)") from error
+    return _typed(header, dict, "object")
+
+
+def _parse(header: dict[str, Any], body: memoryview, size: int) -> VqzFile:
+    shape = _shape(header.get("shape"), 3)
+    indices_shape = (shape[0], *_shape(header.get("grid"), 2))
+    num_embeddings = _natural(header.get("num_embeddings"), entropy.MAX_CODES, 2)
+    if size < _least_size(shape, indices_shape, num_embeddings):
+        raise DataError(f"has a damaged header (it announces more than {size} bytes can hold)")
+    ranges = _ranges(header.get("ranges"), shape[0])
+    slice_axis = header.get("slice_axis")
+    slice_axis = None if slice_axis is None else _natural(slice_axis, 2)
+    fingerprint = _typed(header.get("model"), str, "text")
+    if not fingerprint or not set(fingerprint) <= set(string.hexdigits):
+        raise DataError("has a damaged header (its model is not hexadecimal)")
+    length = _natural(header.get("nifti"), len(body))
+    nifti, body = _inflate(body[:length], length * MAX_DEFLATE_RATIO), body[length:]
+    _check_voxels(nifti, shape, slice_axis)
+    classes = entropy.classes_from_text(_typed(header.get("classes"), str, "text"), num_embeddings)
+    length = _natural(header.get("bytes"), len(body))
+    indices = entropy.decode(bytes(body[:length]), indices_shape, classes)
+    if any(body[length:]):
+        raise DataError("holds bytes beyond its codes")
+    images = EncodedImages(indices, shape, ranges)
+    return VqzFile(EncodedNifti(images, nifti, slice_axis), num_embeddings, fingerprint)
+
+
+def _check_voxels(nifti: bytes, shape: tuple[int, int, int], slice_axis: int | None) -> None:
+    """Raises DataError where these slices are not the voxels of this NIfTI header."""
+    count, *expected = shape
+    expected.insert(2 if slice_axis is None else slice_axis, count)
+    found = nifti_write.stored_shape(nifti)
+    if _without_trailing_ones(found) != _without_trailing_ones(expected):
+        raise DataError(f"has a damaged header (slices {shape} along axis {slice_axis} of a volume {found})")
+
+
+def _without_trailing_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(shape[: max((axis + 1 for axis, side in enumerate(shape) if side != 1), default=0)])
+
+
+def _ranges(text: Any, slices: int) -> np.ndarray:
+    try:
+        content = base64.b64decode(_typed(text, str, "text"), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError("has a damaged header (its ranges are not base64)") from error
+    if len(content) not in (8, 8 * slices):
+        raise DataError(f"has a damaged header ({len(content)} bytes of ranges for {slices} slices)")
+    ranges = np.frombuffer(content, "<f4").astype(np.float32).reshape(-1, 2)
+    if not (np.abs(ranges) <= MAX_INTENSITY).all() or (ranges[:, 0] > ranges[:, 1]).any():
+        raise DataError("has a damaged header (its ranges are not intensities)")
+    return np.broadcast_to(ranges, (slices, 2))
+
+
+def _typed(value: Any, kind: type, name: str) -> Any:
+    if type(value) is not kind:
+        raise DataError(f"has a damaged header (expected {name}, found {str(value)[:40]!r})")
+    return value
+
+
+def _natural(value: Any, largest: int, least: int = 0) -> int:
+    if not least <= _typed(value, int, "whole number") <= largest:
+        raise DataError(f"has a damaged header ({str(value)[:40]} is not in {least} to {largest})")
+    return value
+
+
+def _shape(value: Any, sides: int) -> tuple[int, ...]:
+    found = [_natural(side, 2**31) for side in _typed(value, list, "shape")]
+    if len(found) != sides or 0 in found:
+        raise DataError(f"has a damaged header (expected a shape of {sides} sides, found {str(value)[:40]})")
+    return tuple(found)

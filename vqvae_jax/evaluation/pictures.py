@@ -1,0 +1,51 @@
+"""Pictures of reconstructions."""
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from vqvae_jax.runtime.files import write_whole
+
+DIFFERENCE_LIMIT = 0.25
+"""Absolute differences of this and more are drawn in the brightest colour."""
+_ROW_INCHES = 1.9
+_PANEL_INCHES = 3.4
+_DPI = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One slice to draw: images [H, W] in [0, 1], what it is, and its SSIM."""
+
+    original: np.ndarray
+    reconstruction: np.ndarray
+    label: str
+    ssim: float
+
+
+def draw_reconstructions(path: Path, rows: Sequence[Row]) -> None:
+    """Writes a PNG with a line a slice: original, reconstruction with its SSIM, absolute difference.
+
+    The first axis of a slice (left-right in HipMRI) runs to the right and the second downwards.
+    """
+    figure = Figure(figsize=(3 * _PANEL_INCHES, _ROW_INCHES * len(rows)), layout="compressed")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), 3, squeeze=False)
+    for line, row in zip(axes, rows, strict=True):
+        difference = np.abs(row.reconstruction - row.original)
+        line[0].imshow(row.original.T, cmap="gray", vmin=0, vmax=1)
+        line[0].set_title(row.label, fontsize=7)
+        line[1].imshow(row.reconstruction.T, cmap="gray", vmin=0, vmax=1)
+        line[1].set_title(f"reconstruction, SSIM {row.ssim:.4f}", fontsize=7)
+        line[2].imshow(difference.T, cmap="magma", vmin=0, vmax=DIFFERENCE_LIMIT)
+        line[2].set_title(f"absolute difference, mean {difference.mean():.4f}, white {DIFFERENCE_LIMIT}", fontsize=7)
+    for panel in axes.flat:
+        panel.set_axis_off()
+    png = io.BytesIO()
+    figure.savefig(png, dpi=_DPI)
+    write_whole(path, png.getvalue())

@@ -1,0 +1,363 @@
+"""Use a trained model: images and NIfTI files to codes and back, each on its own grid and scale of intensities."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from vqvae_jax import metrics
+from vqvae_jax.coding.encoded import EncodedImages, EncodedNifti
+from vqvae_jax.config import Config
+from vqvae_jax.data import grid, intensity, nifti, nifti_write, slice_axes
+from vqvae_jax.errors import DataError
+from vqvae_jax.models.vqvae import VQVAE, decoding_variables
+from vqvae_jax.runtime import runs
+from vqvae_jax.training import checkpoint
+from vqvae_jax.training.state import Variables
+
+CPU_PIXELS_AT_ONCE = 2**15
+"""A slice of 256 x 128: a CPU gains nothing from more, and one small slice costs no more than that."""
+DEVICE_PIXELS_AT_ONCE = 2**20
+DECODING_SETTINGS = (
+    *("image_size", "downsampling", "hidden_channels", "residual_blocks", "residual", "attention"),
+    *("embedding_dim", "num_embeddings", "code_dim", "reference_flatten", "precision"),
+)
+"""Fields of ModelConfig that decoding depends on."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NiftiResult:
+    """How well a file was reconstructed: SSIM and PSNR (dB) of each slice, in [0, 1] scale as evaluation takes them:
+    of the model's image, before it is rounded to the file's number type.
+
+    ``slice_axis`` and ``axis_reason`` are those of ``EncodedNifti``.
+    """
+
+    ssim_per_slice: np.ndarray
+    psnr_per_slice: np.ndarray
+    slice_axis: int | None
+    axis_reason: str
+
+    @property
+    def ssim(self) -> float:
+        """Mean over the slices."""
+        return float(np.mean(self.ssim_per_slice))
+
+    @property
+    def psnr(self) -> float:
+        """Mean over the slices, dB; inf if one is exact."""
+        return float(np.mean(self.psnr_per_slice))
+
+
+def load(run_dir: str | Path, which: checkpoint.Which = "best") -> "TrainedModel":
+    """A trained model, ready to use.
+
+    Args:
+      run_dir: a folder that scripts/train.py wrote.
+      which: the best checkpoint by validation SSIM, or the newest.
+
+    Raises:
+      CheckpointError, ConfigError: there is no run, or it cannot be read.
+
+    Example:
+      >>> import vqvae_jax
+      >>> model = vqvae_jax.load("runs/demo")
+      >>> model.reconstruct(np.zeros((45, 23))).shape
+      (45, 23)
+    """
+    run_dir = Path(run_dir)
+    config = runs.load_config(run_dir)
+    return TrainedModel(config, checkpoint.load_variables(run_dir, config, which))
+
+
+class TrainedModel:
+    """A trained model for images of any size and any scale of intensities; ``load`` makes one from a run's folder.
+
+    Each image is scaled to [0, 1] between two percentiles of its intensities (``config.data.scale_percentiles``)
+    and put on a grid: padded about its centre with 0, as in training, to the run's ``image_size`` or, where the image
+    is larger, to the next multiple of the downsampling; nothing is cut off. A run trained with ``fit`` "resize"
+    resizes instead. All of it is undone on the way back.
+
+    The model's time grows with the square of an image's pixels where it has attention, its memory with the pixels.
+    Images go through it a fixed number at a time, so it is compiled once for each grid. May be shared by threads.
+
+    Args:
+      config: the run's configuration.
+      variables: its model's variables.
+
+    Example:
+      >>> images = np.random.default_rng(0).integers(0, 4096, (3, 45, 23))
+      >>> encoded = model.encode(images)
+      >>> encoded.indices.shape, encoded.ranges.shape
+      ((3, 12, 6), (3, 2))
+      >>> bool((model.decode(encoded) == model.reconstruct(images)).all())
+      True
+    """
+
+    def __init__(self, config: Config, variables: Variables):
+        self.config = config
+        self._variables = jax.device_put(variables, jax.local_devices()[0])
+        model = VQVAE(config.model)
+        self._to_indices = jax.jit(functools.partial(model.apply, method="to_indices"))
+        self._from_indices = jax.jit(functools.partial(model.apply, method="from_indices"))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 in hexadecimal of what decoding depends on: the decoder, the codebook, and the settings of both.
+
+        The same wherever the same model is loaded, however it was trained and whatever its encoder.
+        """
+        settings = {name: getattr(self.config.model, name) for name in DECODING_SETTINGS}
+        settings |= {"fit": self.config.data.fit}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for path, leaf in sorted(decoding_variables(self._variables).items()):
+            digest.update(f"{path} {leaf.shape}".encode())
+            digest.update(np.asarray(leaf, "<f4").tobytes())
+        return digest.hexdigest()
+
+    def reconstruct(
+        self, x: np.ndarray, *, intensity_range: tuple[float, float] | None = None, progress: bool = False
+    ) -> np.ndarray:
+        """What the model makes of images: ``decode(encode(x))``, bit for bit.
+
+        Args:
+          x: [H, W], [N, H, W] or [N, H, W, 1] of any real type.
+          intensity_range: the intensities that become 0 and 1; by default percentiles of each image.
+          progress: show a progress bar where it takes long.
+
+        Returns:
+          float32 of the shape and in the intensities of ``x``. An image of one value comes back as it is.
+
+        Raises:
+          DataError: ``x`` has another shape or type, is empty, or holds numbers that are not finite in float32.
+        """
+        return self.decode(self.encode(x, intensity_range=intensity_range, progress=progress), progress=progress)
+
+    def encode(
+        self, x: np.ndarray, *, intensity_range: tuple[float, float] | None = None, progress: bool = False
+    ) -> EncodedImages:
+        """Codes of images. Arguments and errors as for ``reconstruct``."""
+        images = _checked(x)
+        if intensity_range is None:
+            limits = [intensity.intensity_range(image, self.config.data.scale_percentiles) for image in images]
+        else:
+            limits = [_checked_range(intensity_range)] * len(images)
+        indices = self._indices(images, limits, progress)
+        return EncodedImages(indices, tuple(np.shape(x)), np.array(limits, np.float32))
+
+    def decode(self, encoded: EncodedImages, *, progress: bool = False) -> np.ndarray:
+        """Images of codes: float32 of the shape and in the intensities that were encoded.
+
+        Raises:
+          DataError: the codes cannot be this model's.
+        """
+        count, height, width = self._checked_shape(encoded)
+        size = _images_at_once(self._grid_of((height, width)))
+        batch = np.zeros((size, *encoded.indices.shape[1:]), np.int32)
+        images = np.empty((count, height, width), np.float32)
+        for chosen in _batches(count, size, "Decoding", progress):
+            batch[: len(chosen)] = encoded.indices[chosen.start : chosen.stop]
+            decoded = np.asarray(self._from_indices(self._variables, batch))[..., 0]
+            for row, index in enumerate(chosen):
+                own = grid.unfit(decoded[row], (height, width), self.config.data.fit)
+                images[index] = intensity.unscale(own, *map(float, encoded.ranges[index]))
+        return images.reshape(encoded.shape)
+
+    def encode_nifti(self, path: str | Path, *, slice_axis: int | None = None, progress: bool = False) -> EncodedNifti:
+        """Codes of a NIfTI file's slices, scaled by percentiles of the whole file as in training.
+
+        Args:
+          path: a ``.nii`` or ``.nii.gz`` file.
+          slice_axis: axis of the slices of a volume. By default what the header's ``dim_info`` names, else the axis
+            whose voxel spacing stands out, else the one the run was trained on.
+          progress: show a progress bar where it takes long.
+
+        Raises:
+          DataError: the file cannot be read, or its voxels are RGB or complex.
+        """
+        return self._encode_nifti(Path(path), slice_axis, progress)[0]
+
+    def decode_nifti(
+        self, encoded: EncodedNifti, path_out: str | Path, *, overwrite: bool = False, progress: bool = False
+    ) -> None:
+        """Writes the file that was encoded, with its header as it was and the model's intensities.
+
+        Args:
+          encoded: from ``encode_nifti``.
+          path_out: a name that ends in ``.nii`` or ``.nii.gz``; written whole or not at all.
+          overwrite: replace a file that is there.
+          progress: show a progress bar where it takes long.
+
+        Raises:
+          DataError: the codes cannot be this model's, or the file cannot be written.
+        """
+        path_out = Path(path_out)
+        nifti_write.check_target(path_out, overwrite=overwrite)
+        voxels = _stacked(self.decode(encoded.images, progress=progress), encoded)
+        nifti_write.write(path_out, voxels, encoded.header, overwrite=overwrite)
+
+    def reconstruct_nifti(
+        self,
+        path_in: str | Path,
+        path_out: str | Path,
+        *,
+        slice_axis: int | None = None,
+        difference: str | Path | None = None,
+        overwrite: bool = False,
+        progress: bool = False,
+    ) -> NiftiResult:
+        """Writes what the model makes of a NIfTI file: ``decode_nifti`` of ``encode_nifti``, whose arguments it has.
+
+        The output has the file's header byte for byte (shape, affine, units, number type, scaling); integers are
+        rounded. ``difference`` names a file for reconstruction less original: float32, in the file's intensities,
+        before that rounding.
+
+        Raises:
+          DataError: the file cannot be read, its voxels are RGB or complex, or an output cannot be written.
+        """
+        path_in, path_out = Path(path_in), Path(path_out)
+        outputs = [path_out] if difference is None else [path_out, Path(difference)]
+        _check_outputs(path_in, outputs, overwrite)
+        encoded, originals = self._encode_nifti(path_in, slice_axis, progress)
+        images = self.decode(encoded.images, progress=progress)
+        ssim, psnr = _similarities(images, originals, encoded.images.ranges)
+        nifti_write.write(path_out, _stacked(images, encoded), encoded.header, overwrite=overwrite)
+        if difference is not None:
+            header = nifti_write.float32_header(encoded.header)
+            nifti_write.write(Path(difference), _stacked(images - originals, encoded), header, overwrite=overwrite)
+        return NiftiResult(ssim, psnr, encoded.slice_axis, encoded.axis_reason)
+
+    def _encode_nifti(self, path: Path, slice_axis: int | None, progress: bool) -> tuple[EncodedNifti, np.ndarray]:
+        """The file's codes, and its slices [N, H, W]."""
+        try:
+            volume = nifti.read(path)
+            nifti_write.check_writable(volume.header)
+            axis, reason = slice_axes.choose(volume, slice_axis, self.config.data.slice_axis)
+            images = np.stack([piece.pixels for piece in nifti.slices(volume, -1 if axis is None else axis)])
+        except DataError as error:
+            raise DataError(f"{path} {error}") from error
+        limits = [intensity.intensity_range(volume.voxels, self.config.data.scale_percentiles)] * len(images)
+        indices = self._indices(images, limits, progress)
+        encoded = EncodedImages(indices, images.shape, np.array(limits, np.float32))
+        return EncodedNifti(encoded, volume.header, axis, reason), images
+
+    def _indices(self, images: np.ndarray, limits: list[tuple[float, float]], progress: bool) -> np.ndarray:
+        """Indices [N, h, w] of images [N, H, W]."""
+        size = self._grid_of(images.shape[1:])
+        batch = np.zeros((_images_at_once(size), *size, 1), np.float32)
+        indices = np.empty((len(images), *self.config.model.latent_size_of(size)), np.int32)
+        for chosen in _batches(len(images), len(batch), "Encoding", progress):
+            for row, index in enumerate(chosen):
+                scaled = intensity.scale(images[index], *limits[index])
+                batch[row, ..., 0] = grid.fit(scaled, size, self.config.data.fit)
+            found = np.asarray(self._to_indices(self._variables, batch))
+            indices[chosen.start : chosen.stop] = found[: len(chosen)]
+        return indices
+
+    def _grid_of(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of what the model is given for images of this shape."""
+        least, multiple = self.config.model.image_size, self.config.model.downsampling
+        if self.config.data.fit == "resize":
+            return least
+        return tuple(max(low, -(-side // multiple) * multiple) for side, low in zip(shape, least, strict=True))
+
+    def _checked_shape(self, encoded: EncodedImages) -> tuple[int, int, int]:
+        """Number, height and width of the images that were encoded. Raises DataError where they cannot be ours."""
+        count, height, width = _three(encoded.shape)
+        ranges, indices, most = encoded.ranges, encoded.indices, self.config.model.num_embeddings
+        if ranges.shape != (count, 2) or not (np.abs(ranges) <= nifti.MAX_INTENSITY).all():
+            raise DataError(f"ranges of shape {ranges.shape} are not two finite numbers for each of {count} images")
+        expected = (count, *self.config.model.latent_size_of(self._grid_of((height, width))))
+        if indices.shape != expected:
+            raise DataError(
+                f"codes of shape {indices.shape} where this model has {expected} for {count} x {height} x {width}"
+            )
+        if indices.min() < 0 or indices.max() >= most:
+            raise DataError(f"codes beyond this model's {most}; use the model that encoded them")
+        return count, height, width
+
+
+def _check_outputs(path_in: Path, outputs: list[Path], overwrite: bool) -> None:
+    """Raises DataError, before any work, where an output may not be written."""
+    for path in outputs:
+        nifti_write.check_target(path, overwrite=overwrite)
+        if path.exists() and path_in.exists() and os.path.samefile(path_in, path):
+            raise DataError(f"{path}: is the input itself; choose another name for the output")
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise DataError(f"{outputs[0]}: is also the file for the difference; choose another name for one")
+
+
+def _stacked(images: np.ndarray, encoded: EncodedNifti) -> np.ndarray:
+    """Slices [N, H, W] as the voxels of their file. Raises DataError where its header is one of other voxels."""
+    voxels = images[0] if encoded.slice_axis is None else np.stack(images, axis=encoded.slice_axis)
+    shape = nifti_write.stored_shape(encoded.header)
+    kept = shape if voxels.ndim == 2 else shape[:3]
+    if tuple(side for side in kept if side > 1) != tuple(side for side in voxels.shape if side > 1):
+        raise DataError(f"slices of shape {images.shape} are not those of a file of shape {shape}")
+    return voxels.reshape(shape)
+
+
+def _similarities(images: np.ndarray, originals: np.ndarray, ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """SSIM and PSNR of each slice in [0, 1] scale."""
+    found = []
+    for image, original, (low, high) in zip(images, originals, ranges.astype(float), strict=True):
+        scaled = (intensity.scale(x, low, high)[None] for x in (image, original))
+        found.append([float(value[0]) for value in metrics.measure(*scaled, ("ssim", "psnr")).values()])
+    return tuple(np.array(found).T)
+
+
+def _images_at_once(grid: tuple[int, int]) -> int:
+    """So many that memory is bounded by pixels; it depends on the grid alone, so that one program serves any count."""
+    pixels = CPU_PIXELS_AT_ONCE if jax.default_backend() == "cpu" else DEVICE_PIXELS_AT_ONCE
+    return max(1, pixels // math.prod(grid))
+
+
+def _batches(count: int, size: int, label: str, progress: bool) -> Iterator[range]:
+    """Ranges of at most ``size`` that cover ``count`` images; the bar shows after a second, on a terminal."""
+    with tqdm.tqdm(
+        total=count, desc=label, unit="image", leave=False, delay=1, disable=None if progress else True
+    ) as bar:
+        for start in range(0, count, size):
+            yield range(start, min(count, start + size))
+            bar.update(min(size, count - start))
+
+
+def _three(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """N, H, W of an array of images. Raises DataError where it is none."""
+    if len(shape) == 2:
+        shape = (1, *shape)
+    elif len(shape) == 4 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3 or 0 in shape:
+        raise DataError(f"images of shape {tuple(shape)}; expected [H, W], [N, H, W] or [N, H, W, 1], none of them 0")
+    return tuple(map(int, shape))
+
+
+def _checked(x: np.ndarray) -> np.ndarray:
+    """Images as float32 [N, H, W]."""
+    x = np.asarray(x)
+    if x.dtype != bool and not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
+        raise DataError(f"images of type {x.dtype}; expected real numbers")
+    shape = _three(x.shape)
+    with np.errstate(over="ignore"):
+        images = x.astype(np.float32).reshape(shape)
+    bad = images.size - int((np.abs(images) <= nifti.MAX_INTENSITY).sum())
+    if bad:
+        raise DataError(f"images with {bad} pixels that are NaN, infinite or beyond {nifti.MAX_INTENSITY:g}")
+    return images
+
+
+def _checked_range(limits: tuple[float, float]) -> tuple[float, float]:
+    low, high = map(float, limits)
+    if not -nifti.MAX_INTENSITY <= low < high <= nifti.MAX_INTENSITY or np.float32(low) == np.float32(high):
+        raise DataError(f"intensity_range is {limits}; expected two finite rising numbers")
+    return low, high

@@ -1,0 +1,90 @@
+"""What training moves: parameters, the optimizer's state, and what the model keeps beside its parameters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training import train_state
+
+from vqvae_jax.config import Config, ModelConfig, TrainingConfig
+from vqvae_jax.models.vqvae import VQVAE
+from vqvae_jax.runtime import compilation
+from vqvae_jax.runtime.randomness import Purpose, key_for
+
+Variables = Any
+"""What a model's ``apply`` takes: ``params``, ``batch_stats`` and, with an EMA codebook, ``ema``."""
+
+
+class TrainState(train_state.TrainState):
+    """Parameters, optimizer state and step, with the model's other collections in ``model_state``.
+
+    ``step`` counts calls of the training step: with ``accumulate``, several for one move of the parameters.
+    """
+
+    model_state: Any
+
+    @property
+    def variables(self) -> Variables:
+        """What the model's ``apply`` takes."""
+        return {"params": self.params, **self.model_state}
+
+
+def learning_rate_schedule(config: TrainingConfig, steps_per_epoch: int) -> optax.Schedule:
+    """Learning rate by step: linear from 0 for ``warmup_steps``, then falling in steps or as a cosine.
+
+    In steps: multiplied by ``learning_rate_decay`` after every ``decay_epochs`` epochs from then on. As a cosine: to
+    0 at the last step (Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts).
+    """
+    warmup = config.warmup_steps
+    if config.schedule == "cosine":
+        falling = optax.cosine_decay_schedule(config.learning_rate, max(1, config.epochs * steps_per_epoch - warmup))
+    else:
+        falling = optax.exponential_decay(
+            config.learning_rate,
+            transition_steps=config.decay_epochs * steps_per_epoch,
+            decay_rate=config.learning_rate_decay,
+            staircase=True,
+        )
+    if not warmup:
+        return falling
+    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), falling], [warmup])
+
+
+def make_optimizer(config: TrainingConfig, steps_per_epoch: int) -> optax.GradientTransformation:
+    """Adam (Kingma and Ba 2015, arXiv:1412.6980) on gradients clipped to a global norm.
+
+    With ``accumulate`` it moves the parameters once for so many gradients, by their mean.
+    """
+    optimizer = optax.adam(learning_rate_schedule(config, steps_per_epoch))
+    if config.gradient_clip:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.gradient_clip), optimizer)
+    if config.accumulate > 1:
+        optimizer = optax.MultiSteps(optimizer, config.accumulate).gradient_transformation()
+    return optimizer
+
+
+def init_variables(config: ModelConfig, key: jax.Array) -> Variables:
+    """Fresh variables of a model; under ``jax.eval_shape``, their shapes."""
+    return VQVAE(config).init(key, jnp.zeros((1, *config.image_size, 1), jnp.float32))
+
+
+def create_train_state(config: Config, steps_per_epoch: int) -> TrainState:
+    """A fresh state; the same for the same seed, on every process."""
+    optimizer = make_optimizer(config.training, steps_per_epoch)
+
+    def init(key: jax.Array) -> tuple[Variables, Any]:
+        variables = init_variables(config.model, key)
+        return variables, optimizer.init(variables["params"])
+
+    key = key_for(config.training.seed, Purpose.PARAMETERS)
+    variables, opt_state = jax.jit(init, compiler_options=compilation.QUICKLY)(key)
+    params = variables.pop("params")
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        apply_fn=None,
+        params=params,
+        model_state=variables,
+        tx=optimizer,
+        opt_state=opt_state,
+    )

@@ -1,0 +1,174 @@
+"""One step of training and of evaluation, pmapped over this process's devices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from vqvae_jax.config import AugmentationConfig, Config
+from vqvae_jax.errors import ConfigError
+from vqvae_jax.metrics.similarity import SSIM_WINDOW, ssim
+from vqvae_jax.models.layers import BLOCK, EXPENSIVE
+from vqvae_jax.models.quantizer import CHOICE, EMA
+from vqvae_jax.models.vgg16 import VGG16
+from vqvae_jax.models.vqvae import VQVAE
+from vqvae_jax.runtime import compilation
+from vqvae_jax.runtime.randomness import Purpose, key_for
+from vqvae_jax.training.augmentation import augment
+from vqvae_jax.training.losses import RECONSTRUCTION, Losses, perceptual_loss
+from vqvae_jax.training.state import TrainState, Variables
+
+AXIS = "batch"
+"""Name of the device axis, over which gradients, batch statistics and code counts are reduced."""
+
+KEPT = {"cheap": (EXPENSIVE, CHOICE), "full": (BLOCK, CHOICE)}
+"""``remat`` -> names of the values that the backward pass finds in memory."""
+
+
+@flax.struct.dataclass
+class StepMetrics:
+    """Scalars of one training step, means over the global batch, and code ``counts`` [K]."""
+
+    losses: Losses
+    gradient_norm: jax.Array
+    counts: jax.Array
+
+
+@flax.struct.dataclass
+class EvalOutput:
+    """``reconstruction`` [..., H, W, 1], ``indices`` [..., h, w], and the ``counts`` [K] of unpadded images' codes."""
+
+    reconstruction: jax.Array
+    indices: jax.Array
+    counts: jax.Array
+
+
+def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, Variables | None], tuple]:
+    """The pmapped step: (state, images [devices, B, H, W, 1], VGG16's variables) -> (state, StepMetrics).
+
+    State, variables and metrics have no device axis: they are the same on every device. The old state's buffers are
+    reused for the new one.
+
+    Raises:
+      ConfigError: an SSIM term of images below its window.
+    """
+    _check_ssim(config)
+    model = VQVAE(config.model, axis_name=AXIS)
+    vgg = VGG16(layers=config.loss.perceptual_layers, dtype=jnp.dtype(config.model.precision))
+
+    def train_step(state, images, vgg_variables):
+        if config.augmentation != AugmentationConfig():
+            key = key_for(config.training.seed, Purpose.AUGMENTATION, state.step)
+            images = augment(key, images, config.augmentation, _places(len(images)))
+
+        def forward(params, images):
+            return model.apply(
+                {"params": params, **state.model_state},
+                images,
+                train=True,
+                mutable=list(state.model_state),
+                rngs={EMA: key_for(config.training.seed, Purpose.CODEBOOK, state.step)},
+            )
+
+        def loss_fn(params):
+            output, model_state = _remat(forward, config.training.remat)(params, images)
+            reconstruction = output.reconstruction
+            difference = RECONSTRUCTION[config.loss.reconstruction](reconstruction, images)
+            quantizer = output.quantizer.loss
+            perceptual = dissimilarity = jnp.float32(0)
+            if config.loss.perceptual_weight:
+                target = jax.lax.stop_gradient(vgg.apply(vgg_variables, images))
+                perceptual = perceptual_loss(vgg.apply(vgg_variables, reconstruction), target)
+            if config.loss.ssim_weight:
+                dissimilarity = 1 - jnp.mean(ssim(reconstruction, images))
+            total = (
+                difference
+                + config.loss.perceptual_weight * perceptual
+                + quantizer
+                + config.loss.ssim_weight * dissimilarity
+            )
+            losses = Losses(total, difference, perceptual, quantizer, dissimilarity)
+            return total, (losses, output.quantizer.counts, model_state)
+
+        gradients, (losses, counts, model_state) = jax.grad(loss_fn, has_aux=True)(state.params)
+        gradients, losses = jax.lax.pmean((gradients, losses), AXIS)
+        counts = jax.lax.psum(counts, AXIS)
+        state = state.apply_gradients(grads=gradients, model_state=model_state)
+        return state, StepMetrics(losses, optax.tree.norm(gradients), counts)
+
+    return _pmap(train_step, (None, 0, None), (None, None), donate=(0,))
+
+
+def make_eval_step(config: Config) -> Callable[[Variables, jax.Array, jax.Array], EvalOutput]:
+    """The pmapped evaluation: (variables, images [devices, B, H, W, 1], mask [devices, B]) -> EvalOutput.
+
+    Running statistics stand in for batch statistics. Reconstruction and indices keep the device axis. The counts are
+    summed over devices and leave padded images (mask 0) out.
+    """
+    model = VQVAE(config.model, axis_name=AXIS)
+
+    def eval_step(variables, images, mask):
+        output = model.apply(variables, images, train=False)
+        indices = output.quantizer.indices
+        weights = jnp.broadcast_to(mask[:, None, None], indices.shape)
+        counts = jnp.zeros(config.model.num_embeddings, jnp.float32).at[indices].add(weights)
+        return output.reconstruction, indices, jax.lax.psum(counts, AXIS)
+
+    pmapped = _pmap(eval_step, (None, 0, 0), (0, 0, None))
+    return lambda variables, images, mask: EvalOutput(*pmapped(variables, images, mask))
+
+
+def check_devices(batch_size: int, accumulate: int = 1) -> None:
+    """Raises ConfigError where a global batch, or a part of it, does not divide over all devices."""
+    devices = jax.device_count()
+    unit = devices * accumulate
+    if batch_size % unit:
+        parts = f" in {accumulate} parts (--accumulate)" if accumulate > 1 else ""
+        raise ConfigError(
+            f"--batch-size {batch_size}{parts} does not divide over {devices} devices; "
+            f"use a multiple of {unit}, such as {-(-batch_size // unit) * unit}"
+        )
+
+
+def replicate(tree: Any) -> Any:
+    """Copies a tree of arrays to this process's devices, without a device axis: as the steps take and return it."""
+    mesh = jax.sharding.Mesh(jax.local_devices(), (AXIS,))
+    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+
+def split_over_devices(array: Any) -> Any:
+    """[B, ...] to [devices, B / devices, ...] for this process's devices, which must divide B."""
+    devices = jax.local_device_count()
+    return array.reshape(devices, array.shape[0] // devices, *array.shape[1:])
+
+
+def _remat(function: Callable, kept: str) -> Callable:
+    """Wraps ``function`` so that the backward pass keeps only the values that ``remat`` names.
+
+    It computes the rest again.
+    """
+    if kept not in KEPT:
+        return function
+    return jax.checkpoint(function, policy=jax.checkpoint_policies.save_only_these_names(*KEPT[kept]))
+
+
+def _places(count: int) -> jax.Array:
+    """Where this device's ``count`` images are in the whole batch, which ``loader.TrainLoader`` deals to processes."""
+    process, device = jnp.divmod(jax.lax.axis_index(AXIS), jax.local_device_count())
+    return (device * count + jnp.arange(count)) * jax.process_count() + process
+
+
+def _pmap(function: Callable, in_axes: tuple, out_axes: Any, donate: tuple[int, ...] = ()) -> Callable:
+    pmapped = jax.pmap(function, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, donate_argnums=donate)
+    return compilation.with_cpu_options(pmapped, donate)
+
+
+def _check_ssim(config: Config) -> None:
+    if config.loss.ssim_weight and min(config.model.image_size) < SSIM_WINDOW:
+        raise ConfigError(
+            f"--ssim-weight with --image-size {' '.join(map(str, config.model.image_size))}: expected at least "
+            f"{SSIM_WINDOW} pixels a side, the window of SSIM; take larger images or weight 0"
+        )
