@@ -5,7 +5,7 @@ import io
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -93,7 +93,7 @@ def decode(file: bytes) -> np.ndarray:
 
 
 def curves(
-    chosen: Sequence[Codec], images: Sequence[np.ndarray], vgg_params: Any = None
+    chosen: Sequence[Codec], images: Sequence[np.ndarray], vgg_variables: Any = None
 ) -> dict[str, dict[str, np.ndarray]]:
     """Rate and distortion of slices [H, W] in [0, 1], rounded to 8 bits for the codecs.
 
@@ -102,24 +102,23 @@ def curves(
 
     Returns:
       codec's name -> ``bits_per_pixel`` (rising), ``ssim``, ``psnr`` and ``perceptual`` (NaN without VGG16's
-      parameters, or where slices are too small for it), one value a setting.
+      variables, or where slices are too small for it), one value a setting.
     """
     pixels = sum(image.size for image in images)
     found = {codec.name: [defaultdict(list) for _ in codec.sweep] for codec in chosen}
     batches = list(_batches(images))
-    perceptual = _Perceptual(vgg_params)
     bar = tqdm.tqdm(total=len(batches) * sum(map(len, found.values())), desc="Codecs", leave=False, disable=None)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, bar:
         for originals in batches:
-            perceptual.see(originals)
+            distances = _distances_to(originals, vgg_variables)
             for codec in chosen:
                 for setting, point in zip(codec.sweep, found[codec.name], strict=True):
                     files = list(pool.map(lambda x, c=codec, s=setting: c.encode(x, s), _to_levels(originals)))
                     decoded = np.stack(list(pool.map(decode, files))).astype(np.float32) / 255
                     point["bits"] += [8 * len(file) for file in files]
-                    point["ssim"] += np.asarray(metrics.ssim(decoded, originals)).tolist()
-                    point["psnr"] += np.asarray(metrics.psnr(decoded, originals)).tolist()
-                    point["perceptual"] += perceptual.distances(decoded)
+                    for metric, values in metrics.measure(decoded, originals, ("ssim", "psnr")).items():
+                        point[metric] += values.tolist()
+                    point["perceptual"] += distances(decoded)
                     bar.update()
     result = {}
     for name, points in found.items():
@@ -155,20 +154,20 @@ def _batches(images: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
             yield np.stack(same[start : start + _BATCH])
 
 
-class _Perceptual:
-    """Distances to one batch of originals, whose features are computed once."""
+def _distances_to(originals: np.ndarray, vgg_variables: Any) -> Callable[[np.ndarray], list[float]]:
+    """A function of images, of their perceptual distances to these originals, whose features are computed once."""
+    if vgg_variables is None or min(originals.shape[1:]) < vgg16.smallest_side(*LAYERS):
+        return lambda images: [math.nan] * len(images)
+    targets = [_features(vgg_variables, image) for image in originals]
 
-    def __init__(self, vgg_params: Any):
-        self._params = vgg_params
-        self._features = jax.jit(lambda params, x: vgg16.VGG16(layers=LAYERS).apply(params, x[None, ..., None]))
-        self._targets: list[dict[str, jax.Array]] = []
+    def distances(images: np.ndarray) -> list[float]:
+        pairs = zip(images, targets, strict=True)
+        found = [metrics.perceptual_distance(_features(vgg_variables, image), target) for image, target in pairs]
+        return np.concatenate(found).tolist()
 
-    def see(self, originals: np.ndarray) -> None:
-        measurable = self._params is not None and min(originals.shape[1:]) >= vgg16.smallest_side(*LAYERS)
-        self._targets = [self._features(self._params, image) for image in originals] if measurable else []
+    return distances
 
-    def distances(self, images: np.ndarray) -> list[float]:
-        if not self._targets:
-            return [math.nan] * len(images)
-        pairs = zip(images, self._targets, strict=True)
-        return [float(metrics.perceptual_distance(self._features(self._params, x), y)[0]) for x, y in pairs]
+
+@jax.jit
+def _features(vgg_variables: Any, image: np.ndarray) -> dict[str, jax.Array]:
+    return vgg16.VGG16(layers=LAYERS).apply(vgg_variables, image[None, ..., None])

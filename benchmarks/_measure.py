@@ -1,7 +1,6 @@
 """What every benchmark shares: alternating subprocesses, medians, tables, and a description of the machine."""
 
 import argparse
-import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -17,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vqvae_jax.config import PUBLISHED, ModelConfig
+from vqvae_jax.config import ModelConfig
 from vqvae_jax.errors import ConfigError, VQVAEError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,12 +26,22 @@ _PACKAGES = ("jax", "flax", "torch", "grain")
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """Flags that every benchmark takes; ``--worker`` is how it calls itself."""
+    """A parser without flags, whose help begins with the first line of a benchmark's description."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    flags = argparse.ArgumentParser(description=description.partition("\n")[0], formatter_class=formatter)
+    return argparse.ArgumentParser(description=description.partition("\n")[0], formatter_class=formatter)
+
+
+def timing_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the flags of every benchmark of speed; ``--worker`` is how it calls itself."""
+    flags = parser(description)
     flags.add_argument("--rounds", type=int, default=3, help="measurements of each, taken in turn")
     flags.add_argument("--worker", help=argparse.SUPPRESS)
     return flags
+
+
+def add_device_flag(flags: argparse.ArgumentParser) -> None:
+    """The flag of the benchmarks that also run on a GPU."""
+    flags.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
 
 
 def add_model_flags(flags: argparse.ArgumentParser) -> None:
@@ -40,17 +49,12 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--image-size", type=int, nargs=2, default=(256, 128))
     flags.add_argument("--hidden-channels", type=int, default=256)
     flags.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of JAX's convolutions")
-    flags.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    add_device_flag(flags)
 
 
 def model_config(flags: argparse.Namespace) -> ModelConfig:
-    """The published model with the sizes and precision of ``add_model_flags``."""
-    return dataclasses.replace(
-        PUBLISHED.model,
-        image_size=tuple(flags.image_size),
-        hidden_channels=flags.hidden_channels,
-        precision=flags.dtype,
-    )
+    """The reference model with the sizes and precision of ``add_model_flags``."""
+    return ModelConfig(image_size=flags.image_size, hidden_channels=flags.hidden_channels, precision=flags.dtype)
 
 
 def alternate(

@@ -1,10 +1,11 @@
-"""The PyTorch side: the tests' reference model, made no slower than PyTorch allows.
+"""The PyTorch side: the tests' reference model and its loss, made no slower than PyTorch allows.
 
 Two things differ from tests/torch_reference.py in speed alone: code distances come from a matrix product
 (the reference's exact ones take several times as long), and VGG's constants are made once, not each step.
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -40,44 +41,49 @@ class Quantizer(torch_reference.VectorQuantizer):
         return self.embedding(indices).permute(0, 3, 1, 2)
 
 
-def build(config: ModelConfig) -> torch_reference.VQVAE:
-    """The reference model of ``config``'s widths."""
+def reference(config: ModelConfig, *, channels_last: bool = False) -> torch_reference.VQVAE:
+    """The reference model of ``config``'s widths; ``channels_last`` cuts latents into vectors as this package does."""
     sizes = {"hidden": config.hidden_channels, "dim": config.embedding_dim, "codes": config.num_embeddings}
-    model = torch_reference.VQVAE(**sizes, commitment=config.commitment_cost, channels_last=True)
+    return torch_reference.VQVAE(**sizes, commitment=config.commitment_cost, channels_last=channels_last)
+
+
+def fast_reference(config: ModelConfig) -> torch_reference.VQVAE:
+    """``reference`` with channels last and this module's quantizer."""
+    model = reference(config, channels_last=True)
     model.quantizer = Quantizer(config.num_embeddings, config.embedding_dim, config.commitment_cost, True)
     return model
 
 
 class Features(torch.nn.Module):
-    """VGG16 to relu3_3 with the kernels and biases of a file from ``numpy.savez``: name_kernel, name_bias."""
+    """VGG16 to relu3_3 with the arrays of ``_jax.vgg_arrays``."""
 
-    def __init__(self, path: str):
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
         super().__init__()
-        weights = np.load(path)
-        self.names = sorted(name.removesuffix("_kernel") for name in weights if name.endswith("_kernel"))
-        for name in self.names:
-            kernel = torch.from_numpy(weights[f"{name}_kernel"].transpose(3, 2, 0, 1).copy())
-            self.register_buffer(f"{name}_kernel", kernel)
-            self.register_buffer(f"{name}_bias", torch.from_numpy(weights[f"{name}_bias"]))
-        self.register_buffer("mean", torch.tensor(torch_reference.IMAGENET_MEAN).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(torch_reference.IMAGENET_STD).view(1, 3, 1, 1))
+        self.numbers = sorted(int(name.split(".")[1]) for name in arrays if name.endswith(".weight"))
+        for number in self.numbers:
+            for kind in ("weight", "bias"):
+                self.register_buffer(f"{kind}{number}", torch.from_numpy(arrays[f"features.{number}.{kind}"]))
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.from_numpy(arrays[name]).view(1, 3, 1, 1))
 
     def forward(self, images):
         x = (images - self.mean) / self.std
-        for name in self.names:
-            if name in ("conv2_1", "conv3_1"):
+        for number in self.numbers:
+            if number in (5, 10):  # the first convolutions of their blocks
                 x = F.max_pool2d(x, 2)
-            x = F.relu(F.conv2d(x, getattr(self, f"{name}_kernel"), getattr(self, f"{name}_bias"), padding=1))
+            x = F.relu(F.conv2d(x, getattr(self, f"weight{number}"), getattr(self, f"bias{number}"), padding=1))
         return x
 
 
 def total_loss(model, features, images, perceptual_weight):
-    """The reference's training loss."""
+    """The reference's training loss; ``features`` None leaves its perceptual term out."""
     reconstruction, quantizer, _ = model(images)
+    total = F.l1_loss(reconstruction, images) + quantizer
+    if features is None:
+        return total
     with torch.no_grad():
         target = features(images)
-    perceptual = F.l1_loss(features(reconstruction), target)
-    return F.l1_loss(reconstruction, images) + perceptual_weight * perceptual + quantizer
+    return total + perceptual_weight * F.l1_loss(features(reconstruction), target)
 
 
 def wait(device: str) -> None:

@@ -12,7 +12,6 @@ test split, so that a few patients can be tested on in turn. The validation spli
 stays: its patient may then be one of those trained on.
 """
 
-import argparse
 import json
 import re
 import statistics
@@ -26,14 +25,14 @@ import nibabel
 import numpy as np
 from skimage.transform import resize
 
-from vqvae_jax.data import nifti, source
+from vqvae_jax.data import nifti, source, splits
 from vqvae_jax.errors import ConfigError
 
 COSINE = ("--schedule", "cosine", "--warmup-steps", "20")
 MOVES = ("--rotation", "5", "--zoom", "0.05", "--shift", "0.02")
 LAST_SHARED = "SSIM term"
 ADDED = {
-    "published network and loss": (
+    "reference network and loss": (
         *("--codebook-update", "gradient", "--latent-norm", "--ssim-weight", "0", "--code-dim", "0"),
         *("--residual", "post", "--schedule", "steps", "--warmup-steps", "0"),
     ),
@@ -49,35 +48,15 @@ ALTERNATIVES = {
     "twice the rate": ("--learning-rate", "2e-3"),
     "warm-up and cosine": COSINE,
     "warm-up and cosine, twice the rate": (*COSINE, "--learning-rate", "2e-3"),
-    "averaged weights": ("--average-decay", "0.98"),
-    "AdamW": ("--weight-decay", "0.01"),
     "SSIM term of weight 1": ("--ssim-weight", "1"),
-    "MS-SSIM for SSIM": ("--ssim-weight", "0", "--ms-ssim-weight", "0.5"),
     "L2": ("--reconstruction", "l2"),
-    "Charbonnier": ("--reconstruction", "charbonnier"),
     "perceptual term": ("--perceptual-weight", "0.1"),
-    "patch discriminator": (
-        *("--adversarial-weight", "0.5", "--adversarial-start", "50"),
-        *("--discriminator-channels", "16", "--discriminator-layers", "2"),
-    ),
-    "codes started at random": ("--codebook-init", "random"),
-    "dead codes not revived": ("--revive-below", "0"),
-    "neither k-means nor revival": ("--codebook-init", "random", "--revive-below", "0"),
-    "slower averages": ("--ema-decay", "0.99"),
-    "rotation trick": ("--gradient-estimator", "rotation"),
-    "cosine codes": ("--cosine-codes",),
-    "entropy term": ("--entropy-weight", "0.1"),
-    "finite scalar quantization": (*("--codebook-update", "gradient", "--quantizer", "fsq"), "--fsq-levels", *"8844"),
-    "group norm": ("--norm", "group"),
     "four residual blocks": ("--residual-blocks", "4"),
     "no attention": ("--no-attention",),
-    "nearest upsampling": ("--upsampling", "nearest"),
     "flips": ("--flip",),
     "flips and small moves": ("--flip", *MOVES),
     "flips, small moves, gamma, bias field": ("--flip", *MOVES, "--gamma", "0.1", "--bias-field", "0.2"),
-    "two levels": ("--levels", "2"),
     "downsampling 8": ("--downsampling", "8"),
-    "downsampling 8, two levels": ("--downsampling", "8", "--levels", "2"),
     "downsampling 16": ("--downsampling", "16"),
 }
 """Each with ADDED up to LAST_SHARED."""
@@ -112,21 +91,22 @@ def copy_slices(data: Path, folder: Path, factor: int, test_case: str | None = N
     Raises:
       ConfigError: ``data`` holds volumes, no slices of ``test_case``, or none of a split without it.
     """
-    names = {split: name for name, split in source.SPLIT_FOLDERS.items()}
     files = source.Source(data)
-    splits = {entry: entry.split for entry in files.entries}
+    split_of = {entry: entry.split for entry in files.entries}
     if test_case is not None:
-        for entry, split in splits.items():
+        for entry, split in split_of.items():
             if entry.case == test_case:
-                splits[entry] = "test"
+                split_of[entry] = "test"
             elif split == "test":
-                splits[entry] = "train"
+                split_of[entry] = "train"
         cases = sorted({entry.case for entry in files.entries})
         if test_case not in cases:
             raise ConfigError(f"--test-case {test_case}: {data} has none of that patient, only {', '.join(cases)}")
-        if empty := names.keys() - set(splits.values()):
+        if empty := set(splits.SPLITS) - set(split_of.values()):
             raise ConfigError(f"--test-case {test_case}: leaves no slices for {min(empty)}; test on another patient")
-    targets = {entry: folder / names[split] / entry.name.replace("/", "_") for entry, split in splits.items()}
+    targets = {
+        entry: folder / splits.SPLIT_FOLDERS[split] / entry.name.replace("/", "_") for entry, split in split_of.items()
+    }
     for entry, target in targets.items():
         if target.exists():
             continue
@@ -173,7 +153,7 @@ def train(folder: Path, flags: list[str]) -> dict[str, float]:
 
 def main() -> None:
     """Parses the flags, trains what is missing, prints the table."""
-    flags = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    flags = _measure.parser(__doc__)
     flags.add_argument("--data", required=True, help="as scripts/train.py takes it")
     flags.add_argument("--out", type=Path, required=True, help="folder for the runs")
     flags.add_argument("--seeds", type=int, default=2)
@@ -205,7 +185,7 @@ def main() -> None:
             spread = f" ± {statistics.stdev(values):.4f}" if metric == "ssim" and len(values) > 1 else ""
             row.append(f"{statistics.mean(values):.4f}{spread}")
         rows.append((*row, f"{statistics.mean(run['seconds'] for run in runs):.0f}"))
-    header = ("recipe", "SSIM", "MS-SSIM", "PSNR, dB", "codes used", "bits a pixel", "by entropy", "seconds")
+    header = ("recipe", "SSIM", "MS-SSIM", "PSNR, dB", "codes used", "bits per pixel", "by entropy", "seconds")
     _measure.print_table(header, rows)
     tested = f"; tested on {flags.test_case}" if flags.test_case else ""
     print(f"\n{flags.seeds} seeds: mean ± standard deviation; slices shrunk by {flags.shrink}{tested}")

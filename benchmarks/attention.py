@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py [--batch-size 8] [--image-sizes 256x128 512x512] [--device gpu]
 
-The widths are the published model's. Memory is what XLA plans for temporary values. What would take more than this
+The widths are the reference model's. Memory is what XLA plans for temporary values. What would take more than this
 machine has is not run.
 """
 
@@ -10,28 +10,28 @@ import os
 
 import _measure
 
-from vqvae_jax.config import PUBLISHED
+from vqvae_jax.config import ModelConfig
 
 WAYS = ("blocks", "plain")
 
 
 def measure(flags) -> None:
     """Both ways at one image size."""
-    import _flops  # noqa: PLC0415 - after the choice of platform
+    import _jax  # noqa: PLC0415 - after the choice of platform
     import jax  # noqa: PLC0415
 
-    from vqvae_jax import compilation  # noqa: PLC0415
     from vqvae_jax.models import layers  # noqa: PLC0415
+    from vqvae_jax.runtime import compilation  # noqa: PLC0415
 
     height, width = map(int, flags.size.split("x"))
-    model = PUBLISHED.model
+    model = ModelConfig()
     length, channels = height * width // model.downsampling**2, model.hidden_channels
     keys = jax.random.split(jax.random.key(0), 3)
     widths = (channels // 8, channels // 8, channels)
     inputs = [jax.random.normal(k, (flags.batch_size, length, w)) for k, w in zip(keys, widths, strict=True)]
     device = jax.devices()[0]
     limit = device.memory_stats()["bytes_limit"] if flags.device == "gpu" else _memory()
-    attend = {"blocks": layers.attend, "plain": _flops.plain_attention}[flags.worker]
+    attend = {"blocks": layers.attend, "plain": _jax.plain_attention}[flags.worker]
 
     def forward_and_gradient(*given):
         output, pull = jax.vjp(attend, *given)
@@ -51,12 +51,12 @@ def _memory() -> int:
 
 def main() -> None:
     """Parses the flags; measures and prints the table, or is one worker."""
-    flags = _measure.parser(__doc__)
+    flags = _measure.timing_parser(__doc__)
     flags.add_argument("--image-sizes", nargs="+", default=("256x128", "512x256", "512x512"))
     flags.add_argument("--size", help="the size, for the workers")
     flags.add_argument("--batch-size", type=int, default=8)
     flags.add_argument("--steps", type=int, default=2)
-    flags.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    _measure.add_device_flag(flags)
     flags = flags.parse_args()
     if flags.worker:
         return measure(flags)

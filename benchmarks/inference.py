@@ -1,4 +1,4 @@
-"""Encode, decode and reconstruct with the published model, JAX against PyTorch eager: images/s at several batch sizes.
+"""Encode, decode and reconstruct with the reference model, JAX against PyTorch eager: images/s at several batch sizes.
 
     python benchmarks/inference.py [--batch-sizes 1 8 64] [--device gpu --dtype bfloat16]
 
@@ -6,7 +6,10 @@ Encode goes from images to codes, decode from codes to images, reconstruct throu
 turn, each in a process of its own; PyTorch under inference_mode, in float32.
 """
 
+import functools
 import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import _measure
 import numpy as np
@@ -17,15 +20,31 @@ TASKS = ("encode", "decode", "reconstruct")
 
 
 def inputs(config: ModelConfig, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images [size, H, W, 1] in [0, 1] and codes int32 [size, h, w], of one level."""
+    """Images [size, H, W, 1] in [0, 1] and codes int32 [size, h, w]."""
     rng = np.random.default_rng(0)
-    codes = rng.integers(0, config.num_codes, (size, *config.latent_size), np.int32)
+    codes = rng.integers(0, config.num_embeddings, (size, *config.latent_size), np.int32)
     return rng.random((size, *config.image_size, 1), np.float32), codes
 
 
-def repeats(flags, size: int) -> int:
-    """Calls in one measurement: the flag's for the largest batch, more for smaller ones."""
-    return min(flags.steps * max(1, max(flags.batch_sizes) // size), 16 * flags.steps)
+def measure(
+    flags, functions: Sequence[Callable[[Any], Any]], prepare: Callable[[np.ndarray], Any], wait: Callable[[Any], Any]
+) -> None:
+    """Images/s of each task at each batch size: as many calls as the flag says for the largest, more for smaller ones.
+
+    Args:
+      flags: the benchmark's.
+      functions: one for each of TASKS, of images or of codes.
+      prepare: makes what they take of an array of ``inputs``.
+      wait: waits for a result.
+    """
+    speeds = {}
+    for size in flags.batch_sizes:
+        repeats = min(flags.steps * max(1, max(flags.batch_sizes) // size), 16 * flags.steps)
+        images, codes = map(prepare, inputs(_measure.model_config(flags), size))
+        for task, function in zip(TASKS, functions, strict=True):
+            call = functools.partial(function, codes if task == "decode" else images)
+            speeds[f"{task} {size}"] = size / _measure.seconds_each(call, wait, repeats)
+    _measure.report(**speeds)
 
 
 def run_jax(flags) -> None:
@@ -33,34 +52,22 @@ def run_jax(flags) -> None:
     import jax  # noqa: PLC0415 - each worker imports one framework
     import jax.numpy as jnp  # noqa: PLC0415
 
-    from vqvae_jax import compilation  # noqa: PLC0415
     from vqvae_jax.models.vqvae import VQVAE  # noqa: PLC0415
+    from vqvae_jax.runtime import compilation  # noqa: PLC0415
 
     config = _measure.model_config(flags)
     model = VQVAE(config)
-
-    def encode(variables, images):
-        return model.apply(variables, images, method="to_codes")
-
-    def decode(variables, codes):
-        return model.apply(variables, (codes,), method="from_codes")
-
-    def reconstruct(variables, images):
-        return model.apply(variables, images).reconstruction
-
-    compiled = (compilation.with_cpu_options(jax.jit(task)) for task in (encode, decode, reconstruct))
-    functions = dict(zip(TASKS, compiled, strict=True))
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *config.image_size, 1)))
-    speeds = {}
-    for size in flags.batch_sizes:
-        images, codes = map(jnp.asarray, inputs(config, size))
-        for task, function in functions.items():
-            argument = codes if task == "decode" else images
-            seconds = _measure.seconds_each(
-                lambda call=function, x=argument: call(variables, x), jax.block_until_ready, repeats(flags, size)
-            )
-            speeds[f"{task} {size}"] = size / seconds
-    _measure.report(**speeds)
+
+    def compiled(task: Callable) -> Callable:
+        return functools.partial(compilation.with_cpu_options(jax.jit(task)), variables)
+
+    functions = (
+        compiled(functools.partial(model.apply, method="to_indices")),
+        compiled(functools.partial(model.apply, method="from_indices")),
+        compiled(lambda variables, images: model.apply(variables, images).reconstruction),
+    )
+    measure(flags, functions, jnp.asarray, jax.block_until_ready)
 
 
 def run_torch(flags) -> None:
@@ -70,32 +77,26 @@ def run_torch(flags) -> None:
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     device = "cuda" if flags.device == "gpu" else "cpu"
-    config = _measure.model_config(flags)
-    model = _torch.build(config).eval().to(device)
-    functions = {
-        "encode": lambda images: model.quantizer.indices(model.encoder(images)),
-        "decode": lambda codes: model.decoder(model.quantizer.lookup(codes)),
-        "reconstruct": lambda images: model.decoder(
-            model.quantizer.lookup(model.quantizer.indices(model.encoder(images)))
-        ),
-    }
-    speeds = {}
+    model = _torch.fast_reference(_measure.model_config(flags)).eval().to(device)
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        return model.quantizer.indices(model.encoder(images))
+
+    def decode(codes: torch.Tensor) -> torch.Tensor:
+        return model.decoder(model.quantizer.lookup(codes))
+
+    def prepare(array: np.ndarray) -> torch.Tensor:
+        """Moves the channels of images, and nothing of codes."""
+        return torch.from_numpy(array if array.ndim == 3 else array.transpose(0, 3, 1, 2).copy()).to(device)
+
     with torch.inference_mode():
-        for size in flags.batch_sizes:
-            images, codes = (torch.from_numpy(array).to(device) for array in inputs(config, size))
-            images = images.permute(0, 3, 1, 2).contiguous()
-            for task, function in functions.items():
-                argument = codes if task == "decode" else images
-                seconds = _measure.seconds_each(
-                    lambda call=function, x=argument: call(x), lambda _: _torch.wait(device), repeats(flags, size)
-                )
-                speeds[f"{task} {size}"] = size / seconds
-    _measure.report(**speeds)
+        functions = encode, decode, lambda images: decode(encode(images))
+        measure(flags, functions, prepare, lambda _: _torch.wait(device))
 
 
 def main() -> None:
     """Parses the flags; measures both and prints the table, or is one worker."""
-    flags = _measure.parser(__doc__)
+    flags = _measure.timing_parser(__doc__)
     _measure.add_model_flags(flags)
     flags.add_argument("--batch-sizes", type=int, nargs="+", default=(1, 8, 64))
     flags.add_argument("--steps", type=int, default=2, help="calls in one measurement of the largest batch")

@@ -68,7 +68,7 @@ def measure(flags) -> None:
 
 def main() -> None:
     """Parses the flags; writes the files, measures and prints the table, or is one worker."""
-    flags = _measure.parser(__doc__)
+    flags = _measure.timing_parser(__doc__)
     flags.add_argument("--files", type=int, default=2048, help="slices of the synthetic set")
     flags.add_argument("--image-size", type=int, nargs=2, default=(256, 128))
     flags.add_argument("--batch-size", type=int, default=32)

@@ -1,4 +1,4 @@
-"""SSIM, PSNR and perceptual distance against bits a pixel: trained runs beside JPEG, JPEG 2000, WebP and AVIF.
+"""SSIM, PSNR and perceptual distance against bits per pixel: trained runs beside JPEG, JPEG 2000, WebP and AVIF.
 
     python benchmarks/rate_distortion.py --runs runs/A [runs/B ...] --out runs/rate [--vgg-weights FILE]
 
@@ -6,7 +6,6 @@ All see the same test slices in [0, 1], each on its own grid; the codecs get the
 rate_distortion.png and rate_distortion.md, which says who wins at each run's rate.
 """
 
-import argparse
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
@@ -19,10 +18,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from vqvae_jax import evaluation, workdir
 from vqvae_jax.data import loader
 from vqvae_jax.errors import ConfigError
+from vqvae_jax.evaluation.evaluate import open_run
+from vqvae_jax.evaluation.evaluator import Evaluator
 from vqvae_jax.models import vgg_weights
+from vqvae_jax.runtime.files import write_whole
+from vqvae_jax.training.state import Variables
 
 METRICS = {"ssim": ("SSIM", 1), "psnr": ("PSNR, dB", 1), "perceptual": ("perceptual distance", -1)}
 """What each is called, and whether more of it is better (1) or less (-1)."""
@@ -56,13 +58,13 @@ class Run:
     samples: list[loader.Sample]
 
 
-def evaluate(path: Path, name: str, data: str | None, vgg_params) -> Run:
+def evaluate(run_dir: Path, name: str, data: str | None, vgg_variables: Variables | None) -> Run:
     """Metrics of a run's best checkpoint on its test split, or on that of ``data``. Writes nothing into the run."""
-    config, variables, slices = evaluation.open_run(path, data=data)
+    config, variables, slices = open_run(run_dir, data=data)
     # One definition of the perceptual distance for all, whatever layers a run was trained with.
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, perceptual_layers=_image_codecs.LAYERS))
-    summary = evaluation.Evaluator(config, slices, vgg_params).run(variables).summary()
-    return Run(name, summary, [slices.sample(index) for index in range(len(slices))])
+    found = Evaluator(config, slices, vgg_variables).run(variables, keep=range(len(slices)))
+    return Run(name, found.summary(), [found.kept[index][0] for index in range(len(slices))])
 
 
 def check_same_slices(runs: Sequence[Run]) -> None:
@@ -80,7 +82,7 @@ def check_same_slices(runs: Sequence[Run]) -> None:
 
 
 def verdict(run: Run, counted: str, metric: str, curves: Curves, headers: dict[str, float]) -> str:
-    """Who wins at a run's rate, in one sentence. ``headers``: each codec's, in bits a pixel of these slices."""
+    """Who wins at a run's rate, in one sentence. ``headers``: each codec's, in bits per pixel of these slices."""
     bits, values = _at_run(run, counted, metric, curves, headers)
     name, sign = METRICS[metric]
     contenders = {f"`{run.name}`": run.summary[metric]}
@@ -88,13 +90,13 @@ def verdict(run: Run, counted: str, metric: str, curves: Curves, headers: dict[s
     order = sorted(contenders, key=lambda who: -sign * contenders[who])
     ranking = ", then ".join(f"{who} ({_digits(metric, contenders[who])})" for who in order)
     absent = "".join(f"; {_absence(codec, curves[codec], bits)}" for codec in values if codec not in contenders)
-    return f"{name} at {bits:.3f} bits a pixel ({counted}): **{order[0]} wins**. {ranking}{absent}."
+    return f"{name} at {bits:.3f} bits per pixel ({counted}): **{order[0]} wins**. {ranking}{absent}."
 
 
 def _at_run(
     run: Run, counted: str, metric: str, curves: Curves, headers: dict[str, float]
 ) -> tuple[float, dict[str, float]]:
-    """A run's bits a pixel, and the codecs' values of a metric there; NaN where they have none."""
+    """A run's bits per pixel, and the codecs' values of a metric there; NaN where they have none."""
     rate, without_headers = COUNTS[counted]
     bits = run.summary[rate]
     extra = headers if without_headers else dict.fromkeys(headers, 0)
@@ -104,8 +106,8 @@ def _at_run(
 def _absence(codec: str, curve: dict[str, np.ndarray], bits: float) -> str:
     smallest, largest = curve["bits_per_pixel"][[0, -1]]
     if bits < smallest:
-        return f"{codec} makes no files this small (at least {smallest:.3f} bits a pixel)"
-    return f"{codec} was not tried above {largest:.3f} bits a pixel"
+        return f"{codec} makes no files this small (at least {smallest:.3f} bits per pixel)"
+    return f"{codec} was not tried above {largest:.3f} bits per pixel"
 
 
 def _digits(metric: str, value: float) -> str:
@@ -130,7 +132,7 @@ def tables(runs: Sequence[Run], codecs: Sequence[_image_codecs.Codec], curves: C
     rows = [
         (codec.name, codec.effort, str(smallest[codec.name]), f"{headers[codec.name] / bits:.0%}") for codec in codecs
     ]
-    header = ("codec", "set to", "bytes of a file of one pixel", f"share of {bits:.3f} bits a pixel")
+    header = ("codec", "set to", "bytes of a file of one pixel", f"share of {bits:.3f} bits per pixel")
     blocks += ["## What headers cost", _measure.table(header, rows), f"Measured on {_measure.machine()}."]
     return "\n\n".join(blocks) + "\n"
 
@@ -142,7 +144,7 @@ def _comparison(runs: Sequence[Run], metric: str, curves: Curves, headers: dict[
             bits, values = _at_run(run, counted, metric, curves, headers)
             digits = (_digits(metric, value) for value in (run.summary[metric], *values.values()))
             rows.append((f"`{run.name}`", counted, f"{bits:.3f}", *digits))
-    return _measure.table(("run", "bits counted by", "bits a pixel", "the run", *curves), rows)
+    return _measure.table(("run", "bits counted by", "bits per pixel", "the run", *curves), rows)
 
 
 def _verdicts(runs: Sequence[Run], metric: str, curves: Curves, headers: dict[str, float]) -> Iterator[str]:
@@ -165,7 +167,7 @@ def draw(path: Path, runs: Sequence[Run], curves: Curves) -> None:
             axis.plot([ideal, spent], [value, value], color=colour, linewidth=0.8)
             axis.plot(spent, value, "o", color=colour, label=f"{run.name}, log2 K a code")
             axis.plot(ideal, value, "o", color=colour, mfc="white", label=f"{run.name}, by entropy")
-        axis.set(xscale="log", xlim=_DRAWN_RATES, xlabel="bits a pixel", ylabel=METRICS[metric][0])
+        axis.set(xscale="log", xlim=_DRAWN_RATES, xlabel="bits per pixel", ylabel=METRICS[metric][0])
         axis.set_xticks(_TICKS)
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.xaxis.set_minor_formatter(NullFormatter())
@@ -176,7 +178,7 @@ def draw(path: Path, runs: Sequence[Run], curves: Curves) -> None:
 
 def main() -> None:
     """Parses the flags, measures runs and codecs, writes the picture and the table."""
-    flags = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    flags = _measure.parser(__doc__)
     flags.add_argument("--runs", type=Path, nargs="+", required=True, help="folders that scripts/train.py wrote")
     flags.add_argument("--data", help="other files than the runs' own, as scripts/train.py takes them")
     flags.add_argument("--out", type=Path, required=True, help="folder for the picture and the table")
@@ -187,15 +189,15 @@ def main() -> None:
     out = _measure.output_folder(flags.out)
     if flags.vgg_weights == vgg_weights.RANDOM:
         raise ConfigError("--vgg-weights random: an untrained VGG16 measures nothing; give a file, or leave it out")
-    vgg_params = vgg_weights.load(flags.vgg_weights, *_image_codecs.LAYERS) if flags.vgg_weights else None
+    vgg_variables = vgg_weights.load(flags.vgg_weights, *_image_codecs.LAYERS) if flags.vgg_weights else None
     names = [path.resolve().name for path in flags.runs]
     names = names if len(set(names)) == len(names) else list(map(str, flags.runs))
-    runs = [evaluate(path, name, flags.data, vgg_params) for path, name in zip(flags.runs, names, strict=True)]
+    runs = [evaluate(run, name, flags.data, vgg_variables) for run, name in zip(flags.runs, names, strict=True)]
     check_same_slices(runs)
-    curves = _image_codecs.curves(codecs, [sample.pixels for sample in runs[0].samples], vgg_params)
+    curves = _image_codecs.curves(codecs, [sample.pixels for sample in runs[0].samples], vgg_variables)
     text = tables(runs, codecs, curves)
     draw(out / "rate_distortion.png", runs, curves)
-    workdir.write_atomically(out / "rate_distortion.md", text)
+    write_whole(out / "rate_distortion.md", text)
     print(f"\n{text}\nWritten: {out}/rate_distortion.png, {out}/rate_distortion.md")
 
 

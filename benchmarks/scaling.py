@@ -3,19 +3,18 @@
     python benchmarks/scaling.py [--vary image-size hidden-channels num-embeddings devices]
 
 One row for each value, all else as in the first row, each in a process of its own. FLOPs are XLA's count
-(_flops.py); memory is what XLA plans for the step on one device, states and weights included; communicated is the
+(_jax.py); memory is what XLA plans for the step on one device, states and weights included; communicated is the
 size of what the compiled step hands to its collectives on each device. Several devices are the CPU's, made
 by XLA, with the same global batch: they share its cores, so that their seconds show overhead and no gain.
 """
 
-import dataclasses
 import os
 import re
 
 import _measure
 import numpy as np
 
-from vqvae_jax.config import PUBLISHED, Config, LossConfig
+from vqvae_jax.config import Config, ModelConfig, TrainingConfig
 
 VALUES = {
     "image-size": ("128 64", "512 256", "512 512"),
@@ -29,19 +28,13 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
 def configure(setting: str, batch_size: int) -> Config:
-    """PUBLISHED with random VGG16 weights and, for "image-size=128 64", say, that field changed."""
-    config = PUBLISHED
+    """The reference recipe and, for "image-size=128 64", say, that field of its model changed."""
     name, _, value = setting.partition("=")
     values = tuple(map(int, value.split()))
     changes = {}
     if name in ("image-size", "hidden-channels", "num-embeddings"):
         changes[name.replace("-", "_")] = values if len(values) > 1 else values[0]
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, **changes),
-        loss=LossConfig(vgg_weights="random"),
-        training=dataclasses.replace(config.training, batch_size=batch_size),
-    )
+    return Config(model=ModelConfig(**changes), training=TrainingConfig(batch_size=batch_size))
 
 
 def communicated(program: str) -> int:
@@ -55,43 +48,30 @@ def communicated(program: str) -> int:
 
 def measure(flags) -> None:
     """One setting."""
-    import _flops  # noqa: PLC0415 - after the choice of devices
+    import _jax  # noqa: PLC0415 - after the choice of devices
     import jax  # noqa: PLC0415
 
-    from vqvae_jax import training  # noqa: PLC0415
-
-    config = configure(flags.worker, flags.batch_size)
-    vgg = training.replicate(training.load_vgg(config))
-    state = training.replicate(training.create_train_state(config, 1000))
-    images = np.random.default_rng(0).random((flags.batch_size, *config.model.image_size, 1), np.float32)
-    images = training.split_over_devices(images)
-    step = training.make_train_step(config)
-    compiled = step.lower(state, images, vgg).compile()
+    step = _jax.TrainingStep(configure(flags.worker, flags.batch_size))
+    compiled = step.compiled()
     plan = compiled.memory_analysis()
-
-    def run():
-        nonlocal state
-        state, metrics = step(state, images, vgg)
-        return metrics
-
     _measure.report(
-        flops=_flops.step_flops(config, state, images, vgg),
+        flops=step.flops(),
         memory=(plan.temp_size_in_bytes + plan.argument_size_in_bytes) / _measure.MIB,
         communicated=communicated(compiled.as_text()) / _measure.MIB,
-        seconds=_measure.seconds_each(run, jax.block_until_ready, flags.steps, warm_up=1) if flags.steps else None,
+        seconds=_measure.seconds_each(step, jax.block_until_ready, flags.steps, warm_up=1) if flags.steps else None,
     )
 
 
 def main() -> None:
     """Parses the flags; measures and prints the table, or is one worker."""
-    flags = _measure.parser(__doc__)
+    flags = _measure.timing_parser(__doc__)
     flags.add_argument("--batch-size", type=int, default=4)
     flags.add_argument("--steps", type=int, default=1, help="steps in one measurement; 0 computes only what XLA knows")
     flags.add_argument("--vary", nargs="*", choices=VALUES, default=list(VALUES))
     flags = flags.parse_args()
     if flags.worker:
         return measure(flags)
-    settings = ["published", *(f"{name}={value}" for name in flags.vary for value in VALUES[name])]
+    settings = ["reference", *(f"{name}={value}" for name in flags.vary for value in VALUES[name])]
     rows = []
     for setting in settings:
         name, _, value = setting.partition("=")
@@ -107,7 +87,7 @@ def main() -> None:
         rows.append((setting, flops / images / 1e9, f"{memory:.0f}", per_image, sent))
     header = ("setting", "GFLOP an image", "planned memory, MiB a device", "seconds an image", "communicated, MiB")
     _measure.print_table(header, rows)
-    print(f"\nbatch {flags.batch_size} over all devices; published is 256 x 128, width 256, K = 1024, 1 device")
+    print(f"\nbatch {flags.batch_size} over all devices; reference is 256 x 128, width 256, K = 1024, 1 device")
     return None
 
 

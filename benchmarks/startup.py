@@ -15,7 +15,7 @@ import time
 
 import _measure
 
-from vqvae_jax.config import PRESETS, LossConfig
+from vqvae_jax.config import PRESETS
 
 PARTS = {
     "imports": "import vqvae_jax.trainer",
@@ -35,34 +35,30 @@ def measure(flags) -> None:
 
     importlib.import_module("vqvae_jax.trainer")
     lap()
-    import jax  # noqa: PLC0415 - what is measured
-    import numpy as np  # noqa: PLC0415
+    import _jax  # noqa: PLC0415 - after what is measured
+    import jax  # noqa: PLC0415
 
-    from vqvae_jax import compilation, training  # noqa: PLC0415
+    from vqvae_jax.runtime import compilation  # noqa: PLC0415
 
     compilation.use_cache()
     config = PRESETS[flags.preset]
-    loss = LossConfig(perceptual_layers=config.loss.perceptual_layers, vgg_weights="random")
-    config = dataclasses.replace(config, loss=loss)
-    vgg = training.replicate(training.load_vgg(config))
-    state = jax.block_until_ready(training.replicate(training.create_train_state(config, 1000)))
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, batch_size=flags.batch_size))
+    step = _jax.TrainingStep(config)
+    jax.block_until_ready(step.state)
     lap()
-    images = np.zeros((1, flags.batch_size, *config.model.image_size, 1), np.float32)
-    step = training.make_train_step(config)
-    state, _ = jax.block_until_ready(step(state, images, vgg))
-    lap()
-    jax.block_until_ready(step(state, images, vgg))
-    lap()
+    for _ in range(2):
+        jax.block_until_ready(step())
+        lap()
     seconds = [after - before for before, after in itertools.pairwise(times)]
     _measure.report(**dict(zip(PARTS, [*seconds, sum(seconds[:3]) - seconds[3]], strict=True)))
 
 
 def main() -> None:
     """Parses the flags; measures and prints the table, or is one worker."""
-    flags = _measure.parser(__doc__)
+    flags = _measure.timing_parser(__doc__)
     flags.add_argument("--preset", choices=PRESETS, default="hipmri")
     flags.add_argument("--batch-size", type=int, default=8)
-    flags.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    _measure.add_device_flag(flags)
     flags = flags.parse_args()
     if flags.worker:
         return measure(flags)

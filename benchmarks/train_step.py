@@ -1,15 +1,14 @@
-"""The full training step of the published recipe at 256 x 128, JAX against PyTorch: images/s, peak memory, FLOP/s.
+"""The full training step of the reference recipe at 256 x 128, JAX against PyTorch: images/s, peak memory, FLOP/s.
 
     python benchmarks/train_step.py [--batch-size 8] [--device gpu --dtype bfloat16]
 
 Forward, perceptual loss at relu3_3 with random VGG16 weights, backward, clipping, Adam, on one synthetic batch.
 Contenders run in turn, each in a process of its own. ``torch`` is PyTorch eager in float32, with its defaults;
 ``torch-best`` (always on a GPU) adds torch.compile, bfloat16 autocast, channels_last, TF32 and fused Adam. FLOPs
-are XLA's count (_flops.py), taken for every contender; their share is of the fastest
-product of two square matrices in the contender's type that any contender of that type reached.
+are XLA's count (_jax.py), taken for every contender; their share is of the fastest product of two square matrices
+in the contender's type that any contender of that type reached.
 """
 
-import dataclasses
 import os
 import tempfile
 from pathlib import Path
@@ -17,38 +16,24 @@ from pathlib import Path
 import _measure
 import numpy as np
 
-from vqvae_jax.config import PUBLISHED, Config, LossConfig
+from vqvae_jax.config import Config, TrainingConfig
 
 MATRIX = {"cpu": 4096, "gpu": 16384}
 
 
 def configure(flags) -> Config:
-    """PUBLISHED with the flags' sizes and random VGG16 weights."""
-    model = _measure.model_config(flags)
-    training = dataclasses.replace(PUBLISHED.training, batch_size=flags.batch_size)
-    return dataclasses.replace(PUBLISHED, model=model, training=training, loss=LossConfig(vgg_weights="random"))
+    """The reference recipe with the flags' sizes."""
+    return Config(model=_measure.model_config(flags), training=TrainingConfig(batch_size=flags.batch_size))
 
 
 def run_jax(flags) -> None:
-    """Measures make_train_step."""
-    import _flops  # noqa: PLC0415 - each worker imports one framework, so that its memory is that one's
+    """Measures the training step of this package."""
+    import _jax  # noqa: PLC0415 - each worker imports one framework, so that its memory is that one's
     import jax  # noqa: PLC0415
     import jax.numpy as jnp  # noqa: PLC0415
 
-    from vqvae_jax import training  # noqa: PLC0415
-
-    config = configure(flags)
-    vgg = training.replicate(training.load_vgg(config))
-    state = training.replicate(training.create_train_state(config, 1000))
-    images = jax.random.uniform(jax.random.key(0), (1, flags.batch_size, *flags.image_size, 1))
-    train_step = training.make_train_step(config)
-    flops = _flops.step_flops(config, state, images, vgg)
-
-    def step():
-        nonlocal state
-        state, metrics = train_step(state, images, vgg)
-        return metrics
-
+    step = _jax.TrainingStep(configure(flags))
+    flops = step.flops()
     seconds = _measure.seconds_each(step, jax.block_until_ready, flags.steps)
     memory = _measure.peak_rss_mib()
     if flags.device == "gpu":
@@ -64,8 +49,8 @@ def run_torch(flags, best: bool) -> None:
     import torch  # noqa: PLC0415
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    device, config = "cuda" if flags.device == "gpu" else "cpu", configure(flags)
-    model, features = _torch.build(config.model).to(device), _torch.Features(flags.vgg).to(device)
+    device, config, vgg = "cuda" if flags.device == "gpu" else "cpu", configure(flags), np.load(flags.vgg)
+    model, features = (module.to(device) for module in (_torch.fast_reference(config.model), _torch.Features(vgg)))
     images = torch.rand((flags.batch_size, 1, *flags.image_size), device=device)
     loss = _torch.total_loss
     if best:
@@ -95,10 +80,9 @@ def run_torch(flags, best: bool) -> None:
 def save_vgg(path: Path) -> None:
     """Writes random VGG16 weights for the PyTorch workers, which do not import JAX."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from vqvae_jax.models import vgg16  # noqa: PLC0415 - after the choice of platform
+    import _jax  # noqa: PLC0415 - after the choice of platform
 
-    params = vgg16.random_variables("relu3_3")["params"]
-    np.savez(path, **{f"{name}_{kind}": value for name, both in params.items() for kind, value in both.items()})
+    np.savez(path, **_jax.vgg_arrays("random"))
 
 
 def _fastest_products(flags, results: dict[str, list[dict]]) -> dict[str, float]:
@@ -128,7 +112,7 @@ def print_results(flags, results: dict[str, list[dict]]) -> None:
 
 def main() -> None:
     """Parses the flags; measures everyone and prints the table, or is one worker."""
-    flags = _measure.parser(__doc__)
+    flags = _measure.timing_parser(__doc__)
     _measure.add_model_flags(flags)
     flags.add_argument("--batch-size", type=int, default=8)
     flags.add_argument("--steps", type=int, default=3, help="steps in one measurement, after two to warm up")

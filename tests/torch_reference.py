@@ -110,39 +110,6 @@ class VQVAE(nn.Module):
         return self.decoder(quantized), loss, indices
 
 
-class PatchDiscriminator(nn.Module):
-    """PatchGAN with group norm in the place of batch norm; names are those of this package."""
-
-    def __init__(self, channels, layers):
-        super().__init__()
-        self.layers, width = layers, channels
-        self.conv0 = nn.Conv2d(1, width, 4, 2, 1)
-        for number in range(1, layers + 1):
-            wider = channels * min(2**number, 8)
-            setattr(self, f"conv{number}", nn.Conv2d(width, wider, 4, 2 if number < layers else 1, 1))
-            setattr(self, f"norm{number}", nn.GroupNorm(min(32, wider // 4), wider))
-            width = wider
-        self.logits = nn.Conv2d(width, 1, 4, 1, 1)
-
-    def forward(self, x):
-        x = F.leaky_relu(self.conv0(x), SLOPE)
-        for number in range(1, self.layers + 1):
-            x = F.leaky_relu(getattr(self, f"norm{number}")(getattr(self, f"conv{number}")(x)), SLOPE)
-        return self.logits(x)
-
-
-def discriminator_params(discriminator):
-    """The package's parameters for a ``PatchDiscriminator``."""
-    params = {}
-    for name, module in discriminator.named_children():
-        weight, bias = (value.detach().numpy().copy() for value in (module.weight, module.bias))
-        if weight.ndim == 4:
-            params[name] = {"conv": {"kernel": weight.transpose(2, 3, 1, 0), "bias": bias}}
-        else:
-            params[name] = {"group_norm": {"scale": weight, "bias": bias}}
-    return params
-
-
 def vgg_features(weights, images, depth=7):
     """relu3_3 of VGG16 for grey images [N, 1, H, W] in [0, 1]; ``weights`` by torchvision's names."""
     x = (images.repeat(1, 3, 1, 1) - torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)) / torch.tensor(IMAGENET_STD).view(

@@ -17,10 +17,10 @@ import pytest
 
 from vqvae_jax.config import DataConfig
 from vqvae_jax.data import hip_mri, loader, source
+from vqvae_jax.data.splits import SPLIT_FOLDERS, SPLITS
 from vqvae_jax.errors import DataError
 
 REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "prostatex"
-FOLDERS = {split: folder for folder, split in source.SPLIT_FOLDERS.items()}
 AFFINE = np.array([[0, 0.8, 0, -30], [-1.2, 0, 0, 44], [0, 0, 3, 7], [0, 0, 0, 1.0]])
 SHAPES = {"train": [(16, 8), (16, 9), (16, 8, 1)], "validation": [(16, 8)], "test": [(16, 8), (1, 16, 9)]}
 
@@ -35,10 +35,10 @@ def root(tmp_path):
     """A small set in HipMRI's layout: float64 noise, of several shapes."""
     rng = np.random.default_rng(0)
     for case, (split, shapes) in enumerate(SHAPES.items()):
-        (tmp_path / "set" / FOLDERS[split]).mkdir(parents=True)
+        (tmp_path / "set" / SPLIT_FOLDERS[split]).mkdir(parents=True)
         for number, shape in enumerate(shapes):
             name = f"case_{case:03d}_week_{case + 1}_slice_{number + 5}.nii.gz"
-            write(tmp_path / "set" / FOLDERS[split] / name, rng.normal(500, 200, shape))
+            write(tmp_path / "set" / SPLIT_FOLDERS[split] / name, rng.normal(500, 200, shape))
     return tmp_path / "set"
 
 
@@ -50,7 +50,7 @@ def prepare(root, **settings):
 
 
 def records(builder):
-    return [record for split in source.SPLITS for record in builder.as_data_source(split=split)]
+    return [record for split in SPLITS for record in builder.as_data_source(split=split)]
 
 
 def left_behind(root):
@@ -67,7 +67,7 @@ def test_records_are_the_files_as_nibabel_reads_them(root):
         for record in builder.as_data_source(split=split):
             name = record["file"].decode()
             image = nibabel.load(root / name)
-            assert name.startswith(FOLDERS[split])
+            assert name.startswith(SPLIT_FOLDERS[split])
             assert record["image"].dtype == np.float32
             np.testing.assert_array_equal(record["image"], np.squeeze(image.get_fdata()).astype(np.float32))
             facts = (record["case"].decode(), record["week"], record["slice"])
@@ -84,7 +84,7 @@ def test_volumes_are_cut_along_slice_axis_and_scaled_as_a_whole(tmp_path):
     voxels = np.arange(8 * 9 * 10, dtype=np.int16).reshape(8, 9, 10)
     for case in range(3):
         write(tmp_path / "set" / f"case{case}.nii", voxels)
-    for axis, split in itertools.product([0, 1, -1], source.SPLITS):
+    for axis, split in itertools.product([0, 1, -1], SPLITS):
         builder, _ = prepare(tmp_path / "set", slice_axis=axis)
         found = list(builder.as_data_source(split=split))
         assert [(record["week"], record["slice"]) for record in found] == [(-1, n) for n in range(voxels.shape[axis])]
@@ -195,15 +195,15 @@ def test_a_full_disk_is_named(root):
 
 def spoil(root, count=30):
     """Adds bad files to the set, as many in all as ``count``; returns their names."""
-    folder = root / FOLDERS["train"]
+    folder = root / SPLIT_FOLDERS["train"]
     good = next(folder.iterdir()).read_bytes()
     (folder / "truncated.nii.gz").write_bytes(good[:-200])
     (folder / "flipped.nii.gz").write_bytes(good[:-6] + b"??" + good[-4:])
     (folder / "text.nii").write_text("not an image")
     (folder / "link.nii").symlink_to("nowhere.nii")
     write(folder / "small.nii", np.ones((6, 6), np.float32))
-    write(root / FOLDERS["test"] / "four.nii", np.ones((16, 8, 2, 2), np.float32))
-    write(root / FOLDERS["validation"] / "nan.nii", np.full((16, 8), np.nan, np.float32))
+    write(root / SPLIT_FOLDERS["test"] / "four.nii", np.ones((16, 8, 2, 2), np.float32))
+    write(root / SPLIT_FOLDERS["validation"] / "nan.nii", np.full((16, 8), np.nan, np.float32))
     for number in range(count - 7):
         (folder / f"empty{number}.nii").touch()
     return {path.relative_to(root).as_posix() for path in root.rglob("*.nii*") if not path.name.startswith("case")}
@@ -213,8 +213,8 @@ def spoil(root, count=30):
 def test_all_bad_files_are_named_in_one_line(root, packed):
     bad = spoil(root)
     if packed:
-        (root / FOLDERS["train"] / "link.nii").unlink()
-        bad.remove(f"{FOLDERS['train']}/link.nii")
+        (root / SPLIT_FOLDERS["train"] / "link.nii").unlink()
+        bad.remove(f"{SPLIT_FOLDERS['train']}/link.nii")
         with zipfile.ZipFile(root.parent / "set.zip", "w", zipfile.ZIP_DEFLATED) as archive:
             for path in root.rglob("*.nii*"):
                 archive.write(path, path.relative_to(root))
@@ -246,7 +246,7 @@ def test_skipped_files_are_listed_whenever_the_set_is_opened(root):
 @pytest.mark.parametrize("without", [["train"], ["validation"], ["test"], ["train", "validation", "test"]])
 def test_a_split_without_a_readable_file_is_named_and_so_are_the_other_bad_files(root, setting, without):
     bad = spoil(root, 8)
-    for path in (path for split in without for path in (root / FOLDERS[split]).glob("case*")):
+    for path in (path for split in without for path in (root / SPLIT_FOLDERS[split]).glob("case*")):
         path.write_bytes(b"")
         bad.add(path.relative_to(root).as_posix())
     with pytest.raises(DataError, match=f"Mend or replace them: split {without[0]} holds no readable file$") as caught:
@@ -256,12 +256,12 @@ def test_a_split_without_a_readable_file_is_named_and_so_are_the_other_bad_files
 
 
 def test_a_constant_slice_is_kept_with_a_warning_and_becomes_zeros(root):
-    write(root / FOLDERS["test"] / "flat.nii", np.full((16, 8), 37, np.int16))
+    write(root / SPLIT_FOLDERS["test"] / "flat.nii", np.full((16, 8), 37, np.int16))
     for _ in range(2):
         builder, lines = prepare(root)
         (warning,) = (line for line in lines if line.startswith("Warning:"))
         assert "1 constant file(s)" in warning
-        assert warning.endswith(f"{FOLDERS['test']}/flat.nii")
+        assert warning.endswith(f"{SPLIT_FOLDERS['test']}/flat.nii")
     split = builder.as_data_source(split="test")
     flat = next(n for n, record in enumerate(split) if record["file"].endswith(b"flat.nii"))
     assert (split[flat]["image"] == 37).all()
@@ -275,7 +275,7 @@ def test_a_constant_slice_is_kept_with_a_warning_and_becomes_zeros(root):
 def test_the_real_zip(tmp_path):
     path = REAL_DATA / "prostatex_keras_slices_data.zip"
     builder, lines = prepare(path, tfds_dir=str(tmp_path))
-    assert {split: builder.info.splits[split].num_examples for split in source.SPLITS} == {
+    assert {split: builder.info.splits[split].num_examples for split in SPLITS} == {
         "train": 151,
         "validation": 20,
         "test": 68,

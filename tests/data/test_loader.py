@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 from vqvae_jax.config import DataConfig
-from vqvae_jax.data import nifti
-from vqvae_jax.data.loader import Slices, TrainLoader, eval_batches
+from vqvae_jax.data import grid
+from vqvae_jax.data.loader import Slices, TrainLoader, eval_batches, open_splits
 from vqvae_jax.errors import DataError
 
 SIZE = (16, 8)
 
 
 class Records(list):
-    """Stands for a TFDS data source; record i's slice is constant (i + 1) / 100 once scaled. Counts its reads."""
+    """Stands for a TFDS data source; record i's slice is constant (i + 1) / 100 once scaled. Notes what is read."""
 
     def __init__(self, count, shape=SIZE):
-        self.reads = 0
+        self.read = []
         affine = np.diag([2.0, 3.0, 4.0, 1.0])
         super().__init__(
             {
@@ -34,7 +34,7 @@ class Records(list):
         )
 
     def __getitem__(self, index):
-        self.reads += 1
+        self.read.append(index)
         return super().__getitem__(index)
 
 
@@ -61,17 +61,18 @@ def test_slices_are_scaled_and_fitted_whether_kept_or_not(limit):
     prepared = Slices(records, DataConfig(memory_limit_gib=limit), SIZE)
     for _ in range(2):
         for n in range(6):
-            expected = nifti.fit(np.full((20, 6), (n + 1) / 100, np.float32), SIZE, "pad-crop")
+            expected = grid.fit(np.full((20, 6), (n + 1) / 100, np.float32), SIZE, "pad-crop")
             np.testing.assert_allclose(prepared[n][..., 0], expected)
-    assert records.reads == (6 if limit else 12)
+    assert len(records.read) == (6 if limit else 12)
 
 
 def test_a_sample_is_on_its_own_grid_with_its_origin():
     split = Slices(Records(6, (20, 6)), DataConfig(), SIZE)
     sample = split.sample(5)
-    np.testing.assert_array_equal(split.intensities(5), np.full((20, 6), 6))
+    np.testing.assert_array_equal(sample.intensities, np.full((20, 6), 6))
     np.testing.assert_allclose(sample.pixels, np.full((20, 6), 0.06))
-    assert (sample.file, sample.case, sample.slice, sample.range) == ("5.nii", "case_2", 5, (0, 100))
+    assert (sample.index, sample.file, sample.case, sample.slice) == (5, "5.nii", "case_2", 5)
+    assert sample.range == (0, 100)
     np.testing.assert_array_equal(sample.affine, np.diag([2, 3, 4, 1]))
 
 
@@ -88,7 +89,7 @@ def test_the_seed_alone_fixes_the_order(seed):
 @pytest.mark.parametrize(("count", "batch"), [(24, 4), (23, 4), (4, 4), (7, 1)])
 def test_each_epoch_visits_distinct_slices_in_another_order(count, batch):
     stream = TrainLoader(slices(count), batch, 0)
-    assert stream.steps_per_epoch == count // batch
+    assert stream.steps_per_epoch == stream.batches_per_epoch == count // batch
     epochs = order(stream, 12 * stream.steps_per_epoch).reshape(12, -1)
     for epoch in epochs:
         assert len(set(epoch)) == len(epoch)
@@ -108,15 +109,29 @@ def test_the_processes_parts_are_the_single_processs_batch(processes, count):
     np.testing.assert_array_equal(np.sort(np.concatenate(parts, axis=1)), np.sort(whole))
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("parts", [2, 3])
+def test_the_parts_of_a_batch_are_the_batch(parts, processes):
+    whole = order(TrainLoader(slices(30), 12, 5), 6).reshape(6, parts, -1)
+    shares = []
+    for index in range(processes):
+        stream = TrainLoader(slices(30), 12, 5, parts=parts, process_index=index, process_count=processes)
+        assert (stream.batches_per_epoch, stream.steps_per_epoch) == (2, 2 * parts)
+        shares.append(order(stream, 6 * parts))
+        assert shares[-1].shape == (6 * parts, 12 // parts // processes)
+    together = np.concatenate(shares, axis=1).reshape(whole.shape)
+    np.testing.assert_array_equal(np.sort(together), np.sort(whole))
+
+
 def test_batches_are_read_ahead():
     records = Records(64)
     stream = TrainLoader(Slices(records, DataConfig(), SIZE), 4, 0)
     next(stream)
     for _ in range(100):
-        if records.reads > 16:
+        if len(records.read) > 16:
             return
         time.sleep(0.05)
-    pytest.fail(f"only {records.reads} slices were read")
+    pytest.fail(f"only {len(records.read)} slices were read")
 
 
 # Training: the position.
@@ -156,6 +171,8 @@ def test_too_few_slices_for_a_batch():
 def test_processes_that_do_not_divide_the_batch():
     with pytest.raises(DataError, match="--batch-size 4 does not divide over 3 processes"):
         TrainLoader(slices(9), 4, 0, process_count=3)
+    with pytest.raises(DataError, match="--batch-size 4 does not divide over 2 processes"):
+        TrainLoader(slices(9), 4, 0, parts=4, process_count=2)
 
 
 # Evaluation.
@@ -172,14 +189,41 @@ def test_evaluation_sees_each_slice_once_in_as_many_batches_per_process(count, p
     assert {len(share) for share in shares} == {-(-count // (processes * batch))}
     for part in itertools.chain(*shares):
         assert part.images.shape == (batch, *SIZE, 1)
-        assert set(part.mask) <= {0, 1}
-        for image, valid, index in zip(part.images, part.mask, part.indices, strict=True):
-            np.testing.assert_array_equal(image, split[index] if valid else 0)
-            visited += [index] if valid else []
+        filled = len(part.samples)
+        np.testing.assert_array_equal(part.mask, np.arange(batch) < filled)
+        for image, sample in zip(part.images[:filled], part.samples, strict=True):
+            np.testing.assert_array_equal(image, split[sample.index])
+            visited.append(sample.index)
+        np.testing.assert_array_equal(part.images[filled:], 0)
     assert sorted(visited) == list(range(count))
     assert processes > 1 or visited == sorted(visited)
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("limit", [0, 4])
+def test_one_evaluation_pass_reads_each_record_once(limit, processes):
+    records = Records(13)
+    split = Slices(records, DataConfig(memory_limit_gib=limit), SIZE)
+    for passes in (1, 2):
+        for index in range(processes):
+            for batch in eval_batches(split, 4, process_index=index, process_count=processes):
+                for sample in batch.samples:
+                    assert sample.pixels.shape == SIZE
+        assert sorted(records.read) == sorted([*range(13)] * passes)
 
 
 def test_masked_means_are_exact():
     total = sum((part.images.mean((1, 2, 3)) * part.mask).sum() for part in eval_batches(slices(13), 4))
     assert total / 13 == pytest.approx(np.mean(np.arange(1, 14)) / 100)
+
+
+def test_splits_are_opened_by_name_at_the_models_size(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = DataConfig(data="phantom", tfds_dir="tfds", phantom_cases=3, phantom_slices=2)
+    lines = []
+    test, train = open_splits(config, SIZE, ["test", "train"], lines.append)
+    assert (len(test), len(train)) == (4, 6)
+    for split in (test, train):
+        assert split[0].shape == (*SIZE, 1)
+    assert all("keras_slices_test/" in test.sample(n).file for n in range(4))
+    assert any("train 6 files of 3 cases" in line for line in lines)

@@ -1,4 +1,4 @@
-"""Reading NIfTI of every kind, refusing what is broken, and transforms that can be undone."""
+"""Reading NIfTI of every kind, cutting volumes into slices, and refusing what is broken."""
 
 import gzip
 import io
@@ -7,7 +7,6 @@ import tracemalloc
 import nibabel
 import numpy as np
 import pytest
-from skimage.transform import resize
 
 from vqvae_jax.data import nifti
 from vqvae_jax.errors import DataError
@@ -173,64 +172,3 @@ def test_no_memory_is_taken_on_a_headers_word(compress, high, shape, announced):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 12e6
-
-
-def test_scale_maps_the_percentiles_to_0_and_1_and_unscale_undoes_it():
-    pixels = RNG.normal(300, 90, (64, 32)).astype(np.float32)
-    low, high = nifti.intensity_range(pixels, (2, 95))
-    assert np.mean(pixels < low) == pytest.approx(0.02, abs=0.002)
-    assert np.mean(pixels > high) == pytest.approx(0.05, abs=0.002)
-    scaled = nifti.scale(pixels, low, high)
-    assert scaled.dtype == np.float32
-    assert (scaled.min(), scaled.max()) == (0, 1)
-    np.testing.assert_allclose(nifti.unscale(scaled, low, high), pixels.clip(low, high), rtol=1e-5)
-
-
-@pytest.mark.parametrize("value", [0, -7, 1e38])
-def test_a_constant_image_scales_to_zeros_and_back(value):
-    pixels = np.full((9, 8), value, np.float32)
-    with np.errstate(all="raise"):
-        low, high = nifti.intensity_range(pixels, (0.5, 99.5))
-        scaled = nifti.scale(pixels, low, high)
-    assert (scaled == 0).all()
-    np.testing.assert_array_equal(nifti.unscale(scaled, low, high), pixels)
-
-
-@pytest.mark.parametrize("pair", [(0, 1), (1, np.nextafter(np.float32(1), 2)), (-1e38, 1e38), (0, 1e-38)])
-@pytest.mark.parametrize("bright", [1, 10, 63])
-def test_two_intensities_however_few_or_close_stay_apart(pair, bright):
-    pixels = np.full(64 * 32, pair[0], np.float32).reshape(64, 32)
-    pixels[:bright, 0] = pair[1]
-    with np.errstate(all="raise", under="ignore"):
-        limits = nifti.intensity_range(pixels, (0.48, 99.52))  # 99.52 lies between the last dark and 10 bright pixels
-        scaled = nifti.scale(pixels, *np.array(limits, np.float32))
-    np.testing.assert_array_equal(np.unique(scaled), [0, 1])
-
-
-@pytest.mark.parametrize("size", [(32, 16), (40, 16), (32, 11), (21, 25), (33, 17), (7, 8)])
-def test_pad_crop_moves_no_pixel_and_is_undone_where_it_did_not_cut(size):
-    pixels = RNG.uniform(0.1, 1, (32, 16)).astype(np.float32)
-    fitted = nifti.fit(pixels, size, "pad-crop")
-    assert fitted.shape == size
-    kept = np.isin(pixels, fitted)
-    assert kept.sum() == np.count_nonzero(fitted) == min(32, size[0]) * min(16, size[1])
-    np.testing.assert_array_equal(nifti.unfit(fitted, pixels.shape, "pad-crop"), np.where(kept, pixels, 0))
-    for inside in (kept, fitted > 0):  # centred, to half a pixel
-        for side, positions in zip(inside.shape, np.nonzero(inside), strict=True):
-            assert abs(positions.min() - (side - 1 - positions.max())) <= 1
-
-
-@pytest.mark.parametrize("size", [(64, 32), (16, 8), (16, 40), (31, 17)])
-def test_resize_is_skimages_and_is_undone_but_for_detail(size):
-    rows, columns = np.mgrid[0:1:32j, 0:1:16j]
-    pixels = (0.5 + 0.4 * np.cos(3 * rows) * np.sin(3 * columns)).astype(np.float32)
-    fitted = nifti.fit(pixels, size, "resize")
-    assert fitted.dtype == np.float32
-    expected = resize(pixels.astype(np.float64), size, order=1, mode="edge", anti_aliasing=size[0] < 32 or size[1] < 16)
-    np.testing.assert_allclose(fitted, expected, atol=1e-6)
-    np.testing.assert_allclose(nifti.unfit(fitted, pixels.shape, "resize"), pixels, atol=0.06)
-
-
-def test_shrinking_does_not_alias():
-    stripes = np.tile(np.float32([0, 1]), (64, 32))
-    np.testing.assert_allclose(nifti.fit(stripes, (21, 21), "resize")[:, 3:-3], 0.5, atol=0.1)

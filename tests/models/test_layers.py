@@ -1,7 +1,5 @@
 """Every block equals PyTorch's, in outputs, gradients and batch statistics, to 1e-5 in float32."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +54,7 @@ def torch_values_and_gradients(torch, module, x):
     x = nchw(torch, x).requires_grad_()
     output = module(x)
     cotangent = normal(*nhwc(output).shape, seed=1)
-    output.backward(nchw(torch, cotangent))
+    output.backward(nchw(torch, cotangent).to(output.dtype))
     return nhwc(output), cotangent, nhwc(x.grad)
 
 
@@ -88,43 +86,12 @@ def test_upsample_equals_torch(torch, shape, features):
     jax.tree.map(assert_close, found, (expected, gradients_of(reference, transposed=True), dx))
 
 
-@pytest.mark.parametrize(
-    ("shape", "features"), [*((shape, 6) for shape in SHAPES), ((2, 7, 3, 8), 1), ((1, 1, 1, 4), 1)]
-)
-def test_nearest_upsample_equals_torch(torch, shape, features):
-    convolution = torch.nn.Conv2d(shape[-1], features, 3, padding=1)
-    reference = torch.nn.Sequential(torch.nn.Upsample(scale_factor=2, mode="nearest"), convolution)
-    upsample = layers.Upsample(features, upsampling="nearest")
-    x = normal(*shape)
-    expected, cotangent, dx = torch_values_and_gradients(torch, reference, x)
-    params = from_torch(convolution)
-    found, gradients, found_dx = values_and_gradients(
-        lambda p, y: upsample.apply({"params": p}, y), params, x, cotangent
-    )
-    jax.tree.map(assert_close, (found, found_dx), (expected, dx))
-    for name, gradient in gradients_of(convolution).items():  # sums of many numbers, in another order
-        np.testing.assert_allclose(gradients[name], gradient, rtol=1e-4, atol=1e-4)
-
-
-def test_nearest_upsample_draws_no_checkerboard():
-    """Whatever the kernel, a constant input stays constant within the border; a transposed convolution's does not."""
-    x = np.broadcast_to(normal(2, 1, 1, 5), (2, 6, 4, 5))
-    spread = {}
-    for upsampling, size in (("nearest", 3), ("transposed", 4)):
-        params = {"kernel": normal(size, size, 5, 3), "bias": normal(3)}
-        found = layers.Upsample(3, upsampling=upsampling).apply({"params": params}, x)
-        spread[upsampling] = np.ptp(found[:, 1:-1, 1:-1], axis=(1, 2)).max()
-    assert spread["nearest"] < TOLERANCE
-    assert spread["transposed"] > 1
-
-
-@pytest.mark.parametrize("kind", ["Downsample", "Upsample", "nearest"])
+@pytest.mark.parametrize("kind", ["Downsample", "Upsample"])
 def test_initial_range_is_that_of_torch(torch, kind):
     """Kernels and biases fill +-1 / sqrt(fan_in), with the fan-in as PyTorch counts it."""
     reference, module = {
         "Downsample": (torch.nn.Conv2d(24, 64, 4, 2, 1), layers.Downsample(64)),
         "Upsample": (torch.nn.ConvTranspose2d(24, 64, 4, 2, 1), layers.Upsample(64)),
-        "nearest": (torch.nn.Conv2d(24, 64, 3), layers.Upsample(64, upsampling="nearest")),
     }[kind]
     params = jax.jit(module.init)(jax.random.key(0), np.zeros((1, 8, 8, 24), np.float32))["params"]
     params = jax.device_get(params)
@@ -134,19 +101,17 @@ def test_initial_range_is_that_of_torch(torch, kind):
     assert np.isclose(params["kernel"].std(), reference.weight.std().item(), rtol=0.05)
 
 
-def trained_norm(torch, features, norm=None):
-    """A torch norm (batch norm by default) with statistics, scale and shift unlike the initial ones; and for flax."""
-    kind = "group_norm" if norm else "batch_norm"
-    norm = norm or torch.nn.BatchNorm2d(features)
+def trained_norm(torch, features):
+    """A torch batch norm with statistics, scale and shift unlike the initial ones; and its variables for flax."""
+    norm = torch.nn.BatchNorm2d(features)
     rng = np.random.default_rng(features)
     values = {name: rng.uniform(0.5, 1.5, features).astype(np.float32) for name in ("weight", "bias", "mean", "var")}
     with torch.no_grad():
         norm.weight.copy_(torch.from_numpy(values["weight"]))
         norm.bias.copy_(torch.from_numpy(values["bias"]))
-        if kind == "batch_norm":
-            norm.running_mean.copy_(torch.from_numpy(values["mean"]))
-            norm.running_var.copy_(torch.from_numpy(values["var"]))
-    params = {kind: {"scale": values["weight"], "bias": values["bias"]}}
+        norm.running_mean.copy_(torch.from_numpy(values["mean"]))
+        norm.running_var.copy_(torch.from_numpy(values["var"]))
+    params = {"batch_norm": {"scale": values["weight"], "bias": values["bias"]}}
     return norm, params, {"batch_norm": {"mean": values["mean"], "var": values["var"]}}
 
 
@@ -168,31 +133,6 @@ def test_batch_norm_equals_torch(torch, shape):
     assert_close(found, expected)
     assert_close(new["mean"], reference.running_mean)
     assert_close(unbiased, reference.running_var)
-
-
-@pytest.mark.parametrize(("shape", "groups"), [((2, 6, 4, 8), 2), ((3, 4, 4, 3), 1), ((2, 5, 3, 256), 32)])
-def test_group_norm_equals_torch(torch, shape, groups):
-    reference, params, _ = trained_norm(torch, shape[-1], torch.nn.GroupNorm(groups, shape[-1]))
-    x = 2 * normal(*shape) + 1
-    expected, cotangent, dx = torch_values_and_gradients(torch, reference, x)
-    gradients = {"scale": reference.weight.grad.numpy(), "bias": reference.bias.grad.numpy()}
-
-    @functools.partial(jax.jit, static_argnames="train")
-    def apply(p, y, train=True):
-        return layers.Norm(kind="group").apply({"params": p}, y, train=train)
-
-    found = values_and_gradients(apply, params, x, cotangent)
-    jax.tree.map(assert_close, found, (expected, {"group_norm": gradients}, dx))
-    np.testing.assert_array_equal(apply(params, x, train=False), found[0])
-
-
-@pytest.mark.parametrize("channels", [1, 2, 4, 7, 12, 24, 32, 37, 128, 192, 264])
-def test_groups_divide_the_channels(channels):
-    groups = layers.groups_of(channels)
-    assert channels % groups == 0
-    assert groups == 1 or channels // groups >= layers.LEAST_GROUP
-    assert groups <= layers.MOST_GROUPS
-    assert channels not in (128, 192, 256) or groups == layers.MOST_GROUPS
 
 
 @pytest.mark.parametrize("residual", ["post", "pre"])
@@ -242,20 +182,23 @@ def attention_params(features):
 
 @pytest.mark.parametrize("shape", [(2, 4, 4, 8), (1, 3, 5, 32)])
 def test_self_attention_equals_torch(torch, shape):
-    """The published block: 1 x 1 convolutions, softmax over keys of unscaled products, x + gamma * attention."""
+    """The published block: 1 x 1 convolutions, softmax over keys of unscaled products, x + gamma * attention.
+
+    PyTorch computes it in float64: its own rounding in float32 is half of the tolerance here.
+    """
     n, height, width, features = shape
     params, x = attention_params(features), normal(*shape)
 
     def reference(y):
         def project(name):
-            kernel = torch.from_numpy(params[name]["kernel"].T[:, :, None, None].copy())
-            return torch.nn.functional.conv2d(y, kernel, torch.from_numpy(params[name]["bias"])).flatten(2)
+            kernel = torch.from_numpy(np.float64(params[name]["kernel"].T[:, :, None, None]))
+            return torch.nn.functional.conv2d(y, kernel, torch.from_numpy(np.float64(params[name]["bias"]))).flatten(2)
 
         weights = torch.softmax(torch.bmm(project("query").transpose(1, 2), project("key")), dim=-1)
         attended = torch.bmm(project("value"), weights.transpose(1, 2))
         return y + 0.7 * attended.view(n, features, height, width)
 
-    expected, cotangent, dx = torch_values_and_gradients(torch, reference, x)
+    expected, cotangent, dx = torch_values_and_gradients(torch, reference, np.float64(x))
     assert np.abs(expected - x).max() > 0.1
     found = values_and_gradients(lambda p, y: layers.SelfAttention().apply({"params": p}, y), params, x, cotangent)
     assert_close(found[0], expected)

@@ -9,16 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqvae_jax import training
-from vqvae_jax.config import PRESETS, ModelConfig
+from vqvae_jax.config import PRESETS, Config, ModelConfig
+from vqvae_jax.data import intensity, loader
+from vqvae_jax.evaluation.evaluator import Evaluator
 from vqvae_jax.models import vqvae
-from vqvae_jax.models.quantizer import CODEBOOK
-from vqvae_jax.models.vqvae import VQVAE
+from vqvae_jax.models.quantizer import EMA
+from vqvae_jax.models.vqvae import VQVAE, decoding_variables
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
 TINY = ModelConfig(image_size=(32, 16), hidden_channels=8, embedding_dim=4, num_embeddings=16, residual_blocks=1)
 UPDATES = ["gradient", "ema"]
+MODELS = [(update, code_dim) for update in UPDATES for code_dim in (0, 3)]
 
 
 def images(n=3, config=TINY):
@@ -30,10 +32,14 @@ def method(config, name="__call__", **keywords):
     return jax.jit(functools.partial(VQVAE(config).apply, method=name, **keywords))
 
 
+def variants(**fields):
+    return dataclasses.replace(TINY, **fields)
+
+
 @functools.cache
-def trained(update="gradient"):
+def trained(update="gradient", code_dim=0):
     """A model as training might leave it: gammas, norms and statistics disturbed, codes among the latents."""
-    config = dataclasses.replace(TINY, codebook_update=update)
+    config = variants(codebook_update=update, code_dim=code_dim)
     rng = np.random.default_rng(0)
     variables = jax.device_get(jax.jit(VQVAE(config).init)(jax.random.key(0), images(1)))
 
@@ -43,19 +49,69 @@ def trained(update="gradient"):
 
     variables = jax.tree_util.tree_map_with_path(disturb, variables)
     latents = np.asarray(method(config, "encode")(variables, images(5))).reshape(-1, config.embedding_dim)
-    place = variables["params" if update == "gradient" else CODEBOOK]["quantizer"]
-    place["embedding"] = rng.choice(latents, config.num_embeddings, replace=False)
+    place = variables["params" if update == "gradient" else EMA]["quantizer"]
+    if code_dim:
+        dense = variables["params"]["quantizer"]["project_in"]
+        latents, place = latents @ dense["kernel"] + dense["bias"], place["quantizer"]
+    place["codebook"] = rng.choice(latents, config.num_embeddings, replace=False)
     return config, variables
 
 
-@pytest.mark.parametrize("size", [(256, 128), (32, 16), (36, 20)])
-def test_a_code_stands_for_4_by_4_pixels(size):
-    config = dataclasses.replace(TINY, image_size=size)
-    found, _ = jax.eval_shape(VQVAE(config).init_with_output, jax.random.key(0), images(2, config))
-    codes = (2, size[0] // 4, size[1] // 4)
+@pytest.mark.parametrize(
+    ("size", "downsampling"), [((256, 128), 4), ((32, 16), 4), ((36, 20), 4), ((64, 48), 8), ((64, 48), 16)]
+)
+def test_a_code_stands_for_a_square_of_pixels(size, downsampling):
+    config = variants(image_size=size, downsampling=downsampling)
+    found, variables = jax.eval_shape(VQVAE(config).init_with_output, jax.random.key(0), images(2, config))
+    codes = (2, size[0] // downsampling, size[1] // downsampling)
     assert found.reconstruction.shape == (2, *size, 1)
     assert found.quantizer.quantized.shape == (*codes, TINY.embedding_dim)
     assert found.quantizer.indices.shape == codes
+    assert config.latent_size == codes[1:]
+    for part in ("encoder", "decoder"):
+        extra = [name for name in variables["params"][part] if name.startswith("extra_norm")]
+        assert len(extra) == {4: 0, 8: 1, 16: 2}[downsampling]
+
+
+@pytest.mark.parametrize("downsampling", [8, 16])
+def test_bits_per_pixel_are_those_of_the_downsampling(downsampling):
+    """16 codes take 4 bits, for each square of pixels."""
+    run = Config(model=variants(downsampling=downsampling, residual_blocks=0))
+    image = np.random.default_rng(0).uniform(0, 900, run.model.image_size).astype(np.float32)
+    record = {"image": image, "affine": np.eye(4), "file": b"a.nii", "case": b"a", "slice": 0}
+    record["range"] = np.array(intensity.intensity_range(image, (0.5, 99.5)), np.float32)
+    slices = loader.Slices([record], run.data, run.model.image_size)
+    variables = jax.jit(VQVAE(run.model).init)(jax.random.key(0), images(1))
+    found = Evaluator(run, slices).run(variables)
+    assert found.codes_per_slice == found.counts.sum() == 32 * 16 / downsampling**2
+    np.testing.assert_allclose(found.summary()["bits_per_pixel"], 4 / downsampling**2)
+
+
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_pre_activation_ends_with_a_norm_and_an_activation(blocks):
+    """One norm more than with post-activation in encoder and decoder, where there are blocks at all."""
+    parts = {}
+    for residual in ("post", "pre"):
+        model = VQVAE(variants(residual=residual, residual_blocks=blocks))
+        params = jax.eval_shape(model.init, jax.random.key(0), images())["params"]
+        parts[residual] = {(part, name) for part in ("encoder", "decoder") for name in params[part]}
+    added = {("encoder", "residual_norm"), ("decoder", "residual_norm")} if blocks else set()
+    assert parts["pre"] - parts["post"] == added
+    assert parts["post"] <= parts["pre"]
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_attention_alone_sees_the_whole_image(attention):
+    """A pixel in one corner moves the latent of the other only by attention, whose gamma is set off 0 here."""
+    model = variants(attention=attention, image_size=(64, 64), residual_blocks=0)
+    image = jnp.zeros((1, 64, 64, 1))
+    variables = jax.device_get(jax.jit(VQVAE(model).init)(jax.random.key(0), image))
+    if attention:
+        variables["params"]["encoder"]["attention"]["gamma"] = np.ones(())
+    encode = jax.jit(lambda image: VQVAE(model).apply(variables, image, method="encode"))
+    moved = encode(image) != encode(image.at[0, 0, 0].set(1))
+    assert moved[0, 0, 0].any()
+    assert bool(moved[0, -1, -1].any()) == attention
 
 
 def test_reference_network_has_the_published_size():
@@ -63,15 +119,9 @@ def test_reference_network_has_the_published_size():
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == 6_665_475
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_can_be_built(preset):
-    state = jax.eval_shape(lambda: training.create_train_state(PRESETS[preset], steps_per_epoch=10))
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
-
-
-@pytest.mark.parametrize("update", UPDATES)
-def test_parts_make_up_the_whole(update):
-    config, variables = trained(update)
+@pytest.mark.parametrize(("update", "code_dim"), MODELS)
+def test_parts_make_up_the_whole(update, code_dim):
+    config, variables = trained(update, code_dim)
     whole = method(config)(variables, images())
     latents = method(config, "encode")(variables, images())
     quantized = method(config, "quantize")(variables, latents)
@@ -81,6 +131,27 @@ def test_parts_make_up_the_whole(update):
     np.testing.assert_allclose(decoded, whole.reconstruction, rtol=1e-5, atol=1e-6)
     looked_up = method(config, "lookup")(variables, quantized.indices)
     np.testing.assert_allclose(looked_up, quantized.quantized, rtol=1e-6, atol=1e-6)
+
+
+def test_indices_alone_give_the_reconstruction():
+    config, variables = trained()
+    whole = method(config)(variables, images())
+    indices = method(config, "to_indices")(variables, images())
+    np.testing.assert_array_equal(indices, whole.quantizer.indices)
+    decoded = method(config, "from_indices")(variables, indices)
+    np.testing.assert_allclose(decoded, whole.reconstruction, rtol=1e-5, atol=1e-6)
+
+
+def test_the_image_depends_on_each_of_its_codes():
+    """Another code at one place changes the pixels there, by more than rounding, and no other image."""
+    config, variables = trained()
+    indices = np.asarray(method(config, "to_indices")(variables, images()))
+    before = method(config, "from_indices")(variables, indices)
+    other = indices.copy()
+    other[0, 1, 1] = (other[0, 1, 1] + 1) % config.num_embeddings
+    change = np.abs(method(config, "from_indices")(variables, other) - before)
+    assert change[0, 4:8, 4:8].min() > 1e-5
+    assert change[1:].max() == 0
 
 
 @pytest.mark.parametrize("scale", [1, 1e4])
@@ -115,10 +186,10 @@ def test_inference_uses_the_running_statistics():
 def test_only_training_changes_what_the_model_keeps(update):
     config, variables = trained(update)
     collections = [name for name in variables if name != "params"]
-    assert collections == (["batch_stats"] if update == "gradient" else ["batch_stats", CODEBOOK])
+    assert collections == (["batch_stats"] if update == "gradient" else ["batch_stats", EMA])
     for train in (False, True):
         apply = method(config, train=train, mutable=tuple(collections))
-        _, after = apply(variables, images(), rngs={CODEBOOK: jax.random.key(0)})
+        _, after = apply(variables, images(), rngs={EMA: jax.random.key(0)})
         same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), after, {name: variables[name] for name in after})
         assert all(jax.tree.leaves(same)) is not train
 
@@ -144,13 +215,62 @@ def test_bfloat16_computes_in_bfloat16_and_chooses_in_float32():
     assert found.quantizer.loss.dtype == jnp.float32
     assert np.isfinite(found.quantizer.loss)
 
-    codes = variables["params"]["quantizer"]["embedding"].astype(np.float64)
+    codes = variables["params"]["quantizer"]["codebook"].astype(np.float64)
     distances = ((np.float64(latents)[..., None, :] - codes) ** 2).sum(-1)
     np.testing.assert_array_equal(method(half, "quantize")(variables, latents).indices, distances.argmin(-1))
 
     difference = np.abs(found.reconstruction - exact.reconstruction)
     assert 0 < difference.mean() < 0.01
     assert np.mean(np.asarray(found.quantizer.indices) == exact.quantizer.indices) > 0.9
+
+
+@pytest.mark.parametrize(("update", "code_dim"), MODELS)
+def test_decoding_variables_are_all_that_decoding_depends_on(update, code_dim):
+    """With any one of them gone, images are; with all others gone, images stay the same to the last bit."""
+    config, variables = trained(update, code_dim)
+    named = decoding_variables(variables)
+    decode = method(config, "from_indices")
+    indices = np.arange(32).reshape(1, 8, 4) % config.num_embeddings
+    expected = np.asarray(decode(variables, indices))
+
+    def without(gone):
+        def nan(path, leaf):
+            lost = gone(jax.tree_util.keystr(path, simple=True, separator="/"))
+            return np.full_like(leaf, np.nan) if lost and leaf.dtype == np.float32 else leaf
+
+        return jax.tree_util.tree_map_with_path(nan, variables)
+
+    np.testing.assert_array_equal(decode(without(lambda path: path not in named), indices), expected)
+    for name in named:
+        assert np.isnan(decode(without(lambda path, name=name: path == name), indices)).any(), name
+
+    place = "params/quantizer" if update == "gradient" else "ema/quantizer"
+    assert [name for name in named if "codebook" in name] == [place + ("/quantizer" if code_dim else "") + "/codebook"]
+    assert not [name for name in named if "/encoder/" in name]
+
+
+@pytest.mark.parametrize(("update", "code_dim"), MODELS)
+def test_numbers_have_the_same_types_where_jax_computes_in_float64(update, code_dim):
+    """As under JAX_ENABLE_X64: of fresh variables, and of what a training step makes of them."""
+    config = variants(codebook_update=update, code_dim=code_dim)
+
+    def types():
+        model, image = VQVAE(config), jnp.zeros((1, 32, 16, 1), jnp.float32)
+        fresh = jax.eval_shape(model.init, jax.random.key(0), image)
+        collections = [name for name in fresh if name != "params"]
+        rngs = {EMA: jax.random.key(0)}
+        step = functools.partial(model.apply, train=True, mutable=collections, rngs=rngs)
+        output, after = jax.eval_shape(step, fresh, image)
+        return jax.tree.map(lambda leaf: leaf.dtype, (fresh, after, output))
+
+    with jax.enable_x64(True):
+        assert jnp.zeros(1).dtype == jnp.float64
+        found = types()
+    assert jnp.zeros(1).dtype == jnp.float32
+    assert found == types()
+    fresh, after, _ = found
+    assert after == {name: fresh[name] for name in after}
+    assert {leaf for leaf in jax.tree.leaves(fresh)} <= {jnp.dtype(jnp.float32), jnp.dtype(bool)}
 
 
 def test_the_example_of_the_docstring_runs():

@@ -83,6 +83,15 @@ def open_run(
     return config, variables, slices
 
 
+def chosen_slices(order: Sequence[int]) -> list[tuple[int, str]]:
+    """The slices that are drawn, each with its label: the first, the best, the median, the worst.
+
+    ``order`` is that of `Evaluation.order`.
+    """
+    first = [(index, f"slice {index + 1} of {len(order)}") for index in range(min(FIRST_DRAWN, len(order)))]
+    return [*first, (order[-1], "best"), (order[len(order) // 2], "median"), (order[0], "worst")]
+
+
 def draw(path: Path, evaluation: Evaluation, pairs: Iterable[Pair], labels: Sequence[str]) -> None:
     """Writes a picture of some slices, from the first process: original, reconstruction, difference, SSIM."""
     rows = []
@@ -98,8 +107,5 @@ def _write_results(evaluated: EvaluatedRun, folder: Path) -> None:
     evaluation = evaluated.evaluation
     if distributed.is_first():
         table.write(evaluation, folder, evaluated.config)
-    order = evaluation.order()
-    first = range(min(FIRST_DRAWN, len(order)))
-    chosen = [*first, order[-1], order[len(order) // 2], order[0]]
-    labels = [*(f"slice {index + 1} of {len(order)}" for index in first), "best", "median", "worst"]
-    draw(folder / PICTURE, evaluation, evaluated.reconstruct(chosen), labels)
+    indices, labels = zip(*chosen_slices(evaluation.order()), strict=True)
+    draw(folder / PICTURE, evaluation, evaluated.reconstruct(indices), labels)

@@ -1,6 +1,6 @@
 """How good each image of a batch is; pure and jitted."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +83,7 @@ MEASURES = {"ssim": ssim, "psnr": psnr, "mae": mae, "ms_ssim": ms_ssim, "hfen": 
 """Functions of images and originals [N, H, W] in [0, 1], by the names of what they measure."""
 
 
-def measure(images: np.ndarray, originals: np.ndarray, names: Iterable[str] = tuple(MEASURES)) -> dict[str, np.ndarray]:
+def measure(images: np.ndarray, originals: np.ndarray, names: Sequence[str] = tuple(MEASURES)) -> dict[str, np.ndarray]:
     """Metrics of reconstructions, each on its slice's own grid and in [0, 1] scale.
 
     Args:
@@ -91,9 +91,10 @@ def measure(images: np.ndarray, originals: np.ndarray, names: Iterable[str] = tu
       names: some of MEASURES.
 
     Returns:
-      float32 [N] by name.
+      float32 [N] by name, in the order of ``names``.
     """
-    return jax.device_get({name: MEASURES[name](images, originals) for name in names})
+    found = jax.device_get([MEASURES[name](images, originals) for name in names])  # of a dictionary, it sorts the keys
+    return dict(zip(names, found, strict=True))
 
 
 def _same_shape(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
