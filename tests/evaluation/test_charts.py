@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from vqvae_jax import charts
+from vqvae_jax.evaluation import charts
 
 
 def position(ticks, value, scale=float):

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from conftest import run_script
 
-from vqvae_jax import evaluation, html_report
 from vqvae_jax.data import phantom
+from vqvae_jax.evaluation import html_report
+from vqvae_jax.evaluation.table import Evaluation, SliceMetrics
 
 HOSTILE = "<script>alert(1)<img src=x onerror=alert(1)>\"'&\udcff.nii"
 ABOUT = html_report.About("a run", "test", "as stated", {"Data": "a.zip"})
@@ -27,18 +28,15 @@ HISTORY = [
 ]
 
 
-def evaluated(count=9, levels=1, **measures):
+def evaluated(count=9, **measures):
     """An evaluation of ``count`` slices whose SSIM and PSNR have different orders."""
     rng = np.random.default_rng(3)
     measured = {"ssim": rng.uniform(0.4, 0.9, count), "psnr": rng.uniform(20, 30, count)} | measures
     rows = [
-        evaluation.SliceMetrics(
-            f"case/file{index}.nii", "case", index, *SHAPE, float(ssim), float(psnr), 0.05, 0.9, 0.5
-        )
+        SliceMetrics(f"case/file{index}.nii", "case", index, *SHAPE, float(ssim), float(psnr), 0.05, 0.9, 0.5)
         for index, (ssim, psnr) in enumerate(zip(measured["ssim"], measured["psnr"], strict=True))
     ]
-    counts = np.array([[40, 0, 10, 2], [1, 1, 0, 0]], float)[:levels]
-    return evaluation.Evaluation(rows, counts, (96, 24)[:levels])
+    return Evaluation(rows, np.array([40.0, 0, 10, 2]), 96)
 
 
 def pictures(count=9):
@@ -104,8 +102,8 @@ def test_hostile_names_are_text():
 
     def page(name):
         about = html_report.About(name, name, name, {name: name}, name)
-        row = evaluation.SliceMetrics(f"case/{name}", name, 0, *SHAPE, 0.5, 20, 0.1, 0.5, 0.5)
-        result = evaluation.Evaluation([row], evaluated().counts, (96,))
+        row = SliceMetrics(f"case/{name}", name, 0, *SHAPE, 0.5, 20, 0.1, 0.5, 0.5)
+        result = Evaluation([row], evaluated().counts, 96)
         history = [{"step": name, "split": "train", "loss": 1}, {"step": 1, "split": "train", "loss": name}]
         text = html_report.render(about, result, history, pictures(1))
         text.encode("ascii")
@@ -116,13 +114,12 @@ def test_hostile_names_are_text():
     assert "<img src=x onerror=alert(1)>\"'&" in hostile.text and "The only slice is shown" in hostile.text
 
 
-@pytest.mark.parametrize("levels", [1, 2])
-def test_what_was_not_measured_is_said_and_breaks_nothing(levels):
-    result = evaluated(2, levels, ssim=[math.nan, 0.5], psnr=[math.inf, 20.0])
+def test_what_was_not_measured_is_said_and_breaks_nothing():
+    result = evaluated(2, ssim=[math.nan, 0.5], psnr=[math.inf, 20.0])
     page = Page(html_report.render(ABOUT, result, [], pictures(2)))
     assert "not measured" in page.text and "nan" not in page.text.lower().split()
     assert [card["data-ssim"] for card in page.all("article")] == ["", "0.5"]
-    assert len([line for line in page.all("polyline")]) == levels
+    assert len(page.all("polyline")) == 1
 
 
 def test_how_many_slices_are_shown_is_said():

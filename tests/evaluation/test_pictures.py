@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.image import imread
 
-from vqvae_jax.report import Row, draw_reconstructions
+from vqvae_jax.evaluation.pictures import Row, draw_reconstructions
 
 
 def drawn(tmp_path, original, reconstruction):
