@@ -1,5 +1,6 @@
 """Each benchmark runs, at a tiny size, and prints its table; how fast anything is, is not tested."""
 
+import dataclasses
 import importlib
 import io
 import json
@@ -14,7 +15,11 @@ from conftest import ROOT
 from PIL import Image
 from skimage.metrics import structural_similarity
 
+from vqvae_jax.config import PRESETS, LossConfig, ModelConfig
+from vqvae_jax.data import loader
 from vqvae_jax.errors import ConfigError
+from vqvae_jax.models import vgg16
+from vqvae_jax.runtime.randomness import Purpose, integer_for
 
 SMALL_MODEL = ("--image-size", 32, 16, "--hidden-channels", 8, "--rounds", 1, "--steps", 1)
 
@@ -148,7 +153,7 @@ def test_a_codec_gets_its_header_free_where_none_is_counted(benchmark_module):
         counted: rate_distortion.verdict(run, counted, "psnr", curves, {"WebP": 0.5})
         for counted in rate_distortion.COUNTS
     }
-    assert "at 0.500 bits a pixel (log2 K a code): **WebP wins**. WebP (28.00)" in found["log2 K a code"]
+    assert "at 0.500 bits per pixel (log2 K a code): **WebP wins**. WebP (28.00)" in found["log2 K a code"]
     assert "**`ours` wins**" in found["the codes' entropy"]
     assert "**WebP wins**. WebP (34.00)" in found["log2 K a code, no codec's header"]
 
@@ -167,12 +172,12 @@ SMALL_RECIPE = (
 
 
 @pytest.mark.slow
-def test_published(tiny_run, tmp_path):
+def test_reference(tiny_run, tmp_path):
     pytest.importorskip("torch")
     place, _ = tiny_run
     phantom = next((place / "data/phantom").iterdir())
     arguments = ("--data", phantom, "--out", tmp_path, "--seeds", 0, 1, "--picture", "runs/tiny")
-    rows = run_benchmark("published.py", *SMALL_RECIPE, *arguments, cwd=place)
+    rows = run_benchmark("reference.py", *SMALL_RECIPE, *arguments, cwd=place)
     scores = np.array([[float(cell) for cell in row.split("|")[4:7]] for row in rows])
     np.testing.assert_allclose(scores[2], scores[:2].mean(0), atol=1e-4)
     written = {"seed-0.pth", "seed-0.png", "seed-1.pth", "seed-1.png", "beside.png"}
@@ -191,35 +196,90 @@ class SliceList:
 
     image_shape = (32, 16, 1)
 
-    def __init__(self, intensities, sample):
-        self._intensities, self._sample = intensities, sample
+    def __init__(self, intensities):
+        self._intensities = intensities
 
     def __len__(self):
         return len(self._intensities)
 
-    def intensities(self, index):
-        return self._intensities[index]
-
     def sample(self, index):
         raw = self._intensities[index]
-        low, high = np.percentile(raw, (1, 99))
-        pixels = np.clip((raw - low) / (high - low), 0, 1).astype(np.float32)
-        return self._sample(pixels, "file", "case", 0, (low, high), np.eye(4))
+        return loader.Sample(int(index), raw, tuple(np.percentile(raw, (1, 99))), "file", "case", 0, np.eye(4))
+
+
+def random_slices(count):
+    rng = np.random.default_rng(0)
+    return SliceList([rng.gamma(2, 100, (32, 16)).astype(np.float32) for _ in range(count)])
 
 
 def test_a_model_that_changes_nothing_scores_1(benchmark_module):
     pytest.importorskip("torch")
-    from vqvae_jax.data import loader  # noqa: PLC0415
-
-    rng = np.random.default_rng(0)
-    raw = [rng.gamma(2, 100, (32, 16)).astype(np.float32) for _ in range(3)]
-    published = benchmark_module("published")
-    scores = published.score(Unchanged(), SliceList(raw, loader.Sample))
-    for name in (published.PROTOCOL, published.INTENSITIES):
+    reference, slices = benchmark_module("reference"), random_slices(3)
+    scores = reference.score(Unchanged(), slices)
+    for name in (reference.PROTOCOL, reference.INTENSITIES):
         np.testing.assert_allclose(scores.ssim[name], 1, atol=1e-5)
-    assert (scores.ssim[published.IMAGES] < 0.5).all()  # intensities are no image in [0, 1]
-    z = (raw[0] - raw[0].mean()) / raw[0].std()
+    assert (scores.ssim[reference.IMAGES] < 0.5).all()  # intensities are no image in [0, 1]
+    raw = slices.sample(0).intensities
+    z = (raw - raw.mean()) / raw.std()
     assert scores.originals[0].mean() == pytest.approx(z.clip(0, 1).mean(), abs=0.15)
+
+
+def test_the_reference_is_trained_on_the_batches_of_a_run_with_its_seed(benchmark_module, monkeypatch):
+    """Raw intensities of the slices that TrainLoader deals the trainer, in its order."""
+    torch = pytest.importorskip("torch")
+    reference, slices, seen = benchmark_module("reference"), random_slices(7), []
+
+    def loss(model, features, images, weight):
+        seen.append(images.numpy().copy())
+        return sum(value.sum() for value in model.parameters())
+
+    monkeypatch.setattr(reference._torch, "total_loss", loss)
+    recipe = PRESETS["reference"]
+    config = dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, image_size=(32, 16), hidden_channels=8, embedding_dim=4),
+        training=dataclasses.replace(recipe.training, batch_size=2, seed=5),
+    )
+    model = reference.train(config, 4, slices, None)
+    assert not model.training and isinstance(model, torch.nn.Module)
+    order = loader.TrainLoader(np.arange(len(slices)), 2, integer_for(5, Purpose.ORDER))
+    expected = [[slices.sample(index).intensities[None] for index in next(order)] for _ in range(4)]
+    np.testing.assert_array_equal(seen, expected)
+
+
+def test_the_pytorch_sides_vgg16_and_loss_are_those_of_the_package(benchmark_module):
+    """Features against VGG16 in Flax, normalised as the weights say; the loss against the tests' reference."""
+    torch = pytest.importorskip("torch")
+    jax_side, torch_side = benchmark_module("_jax"), benchmark_module("_torch")
+    images = np.random.default_rng(0).random((2, 32, 16, 1), np.float32)
+    expected = vgg16.VGG16().apply(vgg16.random_variables("relu3_3"), images)["relu3_3"]
+    arrays = jax_side.vgg_arrays("random")
+    inputs = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    found = torch_side.Features(arrays)(inputs).numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+    moved = torch_side.Features(arrays | {"mean": np.zeros(3, np.float32), "std": np.ones(3, np.float32)})
+    assert np.abs(moved(inputs).numpy().transpose(0, 2, 3, 1) - expected).max() > 0.1
+    torch.manual_seed(0)
+    model = torch_side.reference(ModelConfig(image_size=(32, 16), hidden_channels=8, embedding_dim=4, num_embeddings=8))
+    weights = {name: torch.from_numpy(values) for name, values in arrays.items()}
+    total = torch_side.torch_reference.losses(model, inputs, weights, 0.3)[0]
+    assert torch_side.total_loss(model, torch_side.Features(arrays), inputs, 0.3).item() == pytest.approx(total.item())
+    without = torch_side.torch_reference.losses(model, inputs, weights, 0.0)[0]
+    assert torch_side.total_loss(model, None, inputs, 0.3).item() == pytest.approx(without.item())
+
+
+def test_the_fast_reference_is_the_reference_with_channels_last(benchmark_module):
+    torch = pytest.importorskip("torch")
+    torch_side = benchmark_module("_torch")
+    config = ModelConfig(image_size=(32, 16), hidden_channels=8, embedding_dim=4, num_embeddings=8)
+    slow, fast = torch_side.reference(config, channels_last=True), torch_side.fast_reference(config)
+    torch.manual_seed(0)
+    torch_side.torch_reference.randomise(slow)
+    fast.load_state_dict(slow.state_dict())
+    images = torch.rand((2, 1, 32, 16))
+    for one, other in zip(fast.eval()(images), slow.eval()(images), strict=True):
+        torch.testing.assert_close(one, other)
+    assert len(fast(images)[2].unique()) > 1
 
 
 @pytest.fixture
@@ -270,6 +330,23 @@ def test_another_patient_is_tested_on(benchmark_module, three_patients, tmp_path
     assert not (tmp_path / "none").exists()
 
 
+def test_every_recipe_of_the_table_can_be_trained(benchmark_module, monkeypatch):
+    """The first row is the reference network and loss, the last of those that add up is hipmri."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    parse = importlib.import_module("train")._parse
+
+    def config(flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+        return parse()[0].config
+
+    ablation = benchmark_module("ablation")
+    found = {name: config(flags) for name, flags in ablation.recipes().items()}
+    first = found["reference network and loss"]
+    assert (first.model, first.loss) == (ModelConfig(), LossConfig())
+    assert found["+ pre-activation"] == PRESETS["hipmri"]
+    assert len({repr(settings) for settings in found.values()}) == len(found) - 1  # hipmri trains at one of the rates
+
+
 def test_runs_of_another_table_are_not_taken_for_this_ones(three_patients, tmp_path):
     """Refused before anything is trained, in one line that says what differs."""
 
@@ -280,6 +357,7 @@ def test_runs_of_another_table_are_not_taken_for_this_ones(three_patients, tmp_p
     first = run("--shrink", "2", "--", "--epochs", "1")
     assert first.returncode == 0, first.stderr
     assert "shrunk by 2" in first.stdout
+    assert "| recipe | SSIM | MS-SSIM | PSNR, dB | codes used | bits per pixel | by entropy | seconds |" in first.stdout
     assert {nibabel.load(path).shape for path in tmp_path.glob("out/slices/*/*")} == {(16, 8)}
     assert run("--shrink", "2", "--", "--epochs", "1").returncode == 0
     for flags, words in (

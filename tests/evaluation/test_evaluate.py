@@ -18,6 +18,8 @@ from vqvae_jax.runtime import runs
 from vqvae_jax.training.checkpoint import Checkpoints, Progress
 from vqvae_jax.training.state import create_train_state
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 COUNT = 7
 SHAPES = [(32, 16), (32, 24)]
 

@@ -19,6 +19,8 @@ from vqvae_jax.training.losses import perceptual_loss
 from vqvae_jax.training.state import create_train_state
 from vqvae_jax.training.step import make_eval_step
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 SIZE = (32, 16)
 SHAPES = [(32, 16), (32, 24), (32, 16), (24, 16), (40, 16)]
 
