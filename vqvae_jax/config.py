@@ -8,6 +8,8 @@ import dataclasses
 import sys
 from typing import Literal
 
+import tyro
+
 from vqvae_jax.errors import require
 
 LARGEST_FLOAT = sys.float_info.max
@@ -53,15 +55,13 @@ class ModelConfig:
     """Width D of the encoder's output."""
     num_embeddings: int = 1024
     """Number K of codes in the codebook."""
-    commitment_cost: float = 0.25
-    """Weight of the term that pulls the encoder's output towards its code."""
     codebook_update: Literal["gradient", "ema"] = "gradient"
     """What moves the codes: their gradient, or moving averages of the encoder's outputs."""
     code_dim: int = 0
     """Width of the codes, between learned projections from and to D; 0 for D itself, without projections."""
     latent_norm: bool = True
     """A norm on the encoder's output, before the codes are chosen."""
-    reference_flatten: bool = False
+    reference_flatten: tyro.conf.Suppress[bool] = False
     """Cut the latents into vectors as the published PyTorch code does. Imported models need it."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number type of the convolutions. Parameters, norms, code distances and losses stay float32."""
@@ -83,7 +83,7 @@ class ModelConfig:
             "a positive multiple of 8 (attention uses an eighth of them)",
         )
         _require_positive(self, "embedding_dim")
-        _require_not_negative(self, "residual_blocks", "commitment_cost")
+        _require_not_negative(self, "residual_blocks")
         _require(self.num_embeddings >= 2, "num_embeddings", self.num_embeddings, "2 or more")
         _require(
             0 <= self.code_dim <= self.embedding_dim,
@@ -94,7 +94,7 @@ class ModelConfig:
         if self.reference_flatten:
             for name in NOT_WITH_REFERENCE_FLATTEN:
                 default = getattr(type(self), name)
-                expected = f"{default!r} with --reference-flatten: the published model"
+                expected = f"{default!r} with reference_flatten: the published model"
                 _require(getattr(self, name) == default, name, getattr(self, name), expected)
 
     @property
@@ -122,23 +122,27 @@ class DataConfig:
     """Where the slices come from and how they are brought to the model's size and scale."""
 
     data: str | None = None
-    """The HipMRI zip, its folder, any folder of .nii or .nii.gz files, or "phantom" for made-up hips. By default
-    data/HipMRI_study_keras_slices_data, or the zip of that name."""
+    """A zip or folder of .nii or .nii.gz files, a table of them (.csv, see inspect_data.py), or "phantom" for made-up
+    hips. By default data/HipMRI_study_keras_slices_data, or the zip of that name."""
     tfds_dir: str = "data/tfds"
     """Folder for the data set built from the files (about 130 kB a 256 x 128 slice)."""
-    slice_axis: int = -1
-    """Axis along which a volume is cut into slices; -1 is the last."""
+    cache_limit: float = 20.0
+    """GiB of built data sets to keep in --tfds-dir; those not used for the longest time are removed."""
+    slice_axis: int | None = None
+    """Axis along which volumes are cut into slices; by default the header's, or the one with the odd spacing."""
+    slice_direction: Literal["left-right", "front-back", "head-foot"] | None = None
+    """Cut volumes along this direction of the body, whatever the order of their axes."""
     case_pattern: str | None = None
-    """Regular expression: what it matches in a file's path names the patient, who is kept within one split. By
-    default HipMRI's case_<id>, BIDS's sub-<label>, the first folder with a number, or the file name up to one."""
+    """Regular expression: what it matches in a file's path names the patient, who is kept within one split.
+    inspect_data.py shows what is found without it."""
     on_bad_file: Literal["error", "skip"] = "error"
     """Whether files that cannot be read stop the run or are listed and left out."""
+    nan: Literal["refuse", "zero"] = "refuse"
+    """Whether a file with voxels that are NaN counts as one that cannot be read, or they are read as 0."""
     fit: Literal["pad-crop", "resize"] = "pad-crop"
     """How slices are brought to --image-size: centred padding and cropping, or resizing."""
     scale_percentiles: tuple[float, float] = (0.5, 99.5)
     """Percentiles of a file's intensities that become 0 and 1; what lies beyond is clipped."""
-    memory_limit_gib: float = 4.0
-    """Prepared slices are kept in memory where all of them take no more than this."""
     phantom_cases: int = 48
     """Training cases of the phantom; it has a sixth as many for validation and for testing."""
     phantom_slices: int = 10
@@ -152,8 +156,9 @@ class DataConfig:
             self.scale_percentiles,
             "two rising numbers between 0 and 100",
         )
-        _require(self.slice_axis in range(-3, 3), "slice_axis", self.slice_axis, "between -3 and 2")
-        _require_not_negative(self, "memory_limit_gib")
+        if self.slice_axis is not None:
+            _require(self.slice_axis in range(-3, 3), "slice_axis", self.slice_axis, "between -3 and 2")
+        _require_not_negative(self, "cache_limit")
         _require_positive(self, "phantom_cases", "phantom_slices")
 
 

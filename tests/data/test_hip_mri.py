@@ -2,7 +2,9 @@
 
 import gzip
 import itertools
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +16,14 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from conftest import REAL_DATA
 
 from vqvae_jax.config import DataConfig
-from vqvae_jax.data import hip_mri, loader, source
+from vqvae_jax.data import hip_mri, loader, survey
 from vqvae_jax.data.splits import SPLIT_FOLDERS, SPLITS
 from vqvae_jax.errors import DataError
 
-REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "prostatex"
+PROSTATEX = REAL_DATA / "prostatex"
 AFFINE = np.array([[0, 0.8, 0, -30], [-1.2, 0, 0, 44], [0, 0, 3, 7], [0, 0, 0, 1.0]])
 SHAPES = {"train": [(16, 8), (16, 9), (16, 8, 1)], "validation": [(16, 8)], "test": [(16, 8), (1, 16, 9)]}
 
@@ -46,7 +49,7 @@ def prepare(root, **settings):
     """The builder, and the lines it logged; the data set lies in a folder beside the files."""
     lines = []
     config = DataConfig(**{"data": str(root), "tfds_dir": str(root.parent / "tfds")} | settings)
-    return hip_mri.prepare(config, (16, 8), lines.append), lines
+    return hip_mri.build(hip_mri.look(config, (16, 8)), config, lines.append), lines
 
 
 def records(builder):
@@ -54,8 +57,8 @@ def records(builder):
 
 
 def left_behind(root):
-    """Files under tfds_dir, but for the lock."""
-    return [path for path in (root.parent / "tfds").rglob("*") if path.is_file() and path.name != ".lock"]
+    """Files under tfds_dir, but for the locks."""
+    return [p for p in (root.parent / "tfds").rglob("*") if p.is_file() and p.name not in (".lock", ".used")]
 
 
 def test_records_are_the_files_as_nibabel_reads_them(root):
@@ -92,11 +95,10 @@ def test_volumes_are_cut_along_slice_axis_and_scaled_as_a_whole(tmp_path):
         assert len({record["range"].tobytes() for record in found}) == 1
 
 
-def test_a_second_opening_reads_no_file_and_takes_no_lock(root, monkeypatch):
+def test_a_second_opening_reads_no_voxels(root, monkeypatch):
     first, lines = prepare(root)
     assert sum("Built" in line for line in lines) == 1
-    monkeypatch.delattr(source.Source, "read")
-    monkeypatch.delattr(hip_mri.fcntl, "flock")
+    monkeypatch.delattr(survey.Survey, "read")
     second, lines = prepare(root)
     assert not any("Built" in line for line in lines)
     for one, other in zip(records(first), records(second), strict=True):
@@ -121,23 +123,24 @@ def in_another_process(root, *first):
     lines = (
         "import resource, sys, time",
         "from vqvae_jax.config import DataConfig",
-        "from vqvae_jax.data import hip_mri, source",
+        "from vqvae_jax.data import hip_mri, survey",
         *first,
-        "hip_mri.prepare(DataConfig(data=sys.argv[1], tfds_dir=sys.argv[2]), (16, 8))",
+        "config = DataConfig(data=sys.argv[1], tfds_dir=sys.argv[2])",
+        "hip_mri.build(hip_mri.look(config, (16, 8)), config)",
     )
     command = [sys.executable, "-c", "\n".join(lines), root, root.parent / "tfds"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def test_an_interrupted_build_leaves_nothing(root, monkeypatch):
-    read = source.Source.read
+    read = survey.Survey.read
 
-    def stop_late(self, entry):
-        if entry.split == "test":
+    def stop_late(self, image):
+        if image.split == "test":
             raise KeyboardInterrupt
-        return read(self, entry)
+        return read(self, image)
 
-    monkeypatch.setattr(source.Source, "read", stop_late)
+    monkeypatch.setattr(survey.Survey, "read", stop_late)
     with pytest.raises(KeyboardInterrupt):
         prepare(root)
     assert not left_behind(root)
@@ -148,8 +151,8 @@ def test_an_interrupted_build_leaves_nothing(root, monkeypatch):
 def test_the_next_build_removes_what_a_killed_one_left(root):
     with in_another_process(
         root,
-        "read = source.Source.read",
-        "source.Source.read = lambda self, e: time.sleep(60) if e.split == 'test' else read(self, e)",
+        "read = survey.Survey.read",
+        "survey.Survey.read = lambda self, e: time.sleep(60) if e.split == 'test' else read(self, e)",
     ) as process:
         while not left_behind(root) and process.poll() is None:
             time.sleep(0.05)
@@ -161,19 +164,18 @@ def test_the_next_build_removes_what_a_killed_one_left(root):
 
 
 def test_a_second_builder_waits_for_the_first(root, monkeypatch):
-    read, lines = source.Source.read, []
+    read, lines = survey.Survey.read, []
 
-    def slowly(self, entry):
+    def slowly(self, image):
         time.sleep(0.1)
-        return read(self, entry)
+        return read(self, image)
 
-    monkeypatch.setattr(source.Source, "read", slowly)
+    monkeypatch.setattr(survey.Survey, "read", slowly)
     threads = [threading.Thread(target=lambda: lines.extend(prepare(root)[1])) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sum("Data:" in line for line in lines) == 2
     assert sum("Built" in line for line in lines) == 1
 
 
@@ -188,6 +190,83 @@ def test_a_full_disk_is_named(root):
     with in_another_process(root, limit) as process:
         assert re.search(r"DataError: --tfds-dir .*tfds: cannot be written .*; free space or", process.communicate()[1])
     assert not left_behind(root)
+
+
+# Reuse, and the limit.
+
+
+def key(root, **settings):
+    config = DataConfig(**settings)
+    return hip_mri.build_key(survey.Survey(root, config), config)
+
+
+def test_a_copied_or_touched_set_is_not_built_again(root, tmp_path):
+    before = key(root)
+    copy = shutil.copytree(root, tmp_path / "elsewhere/copy")
+    for path in copy.rglob("*.nii.gz"):
+        os.utime(path, ns=(0, 0))
+    assert key(copy) == before
+    assert sum("Built" in line for line in prepare(root)[1]) == 1
+    assert not any("Built" in line for line in prepare(copy, tfds_dir=str(tmp_path / "tfds"))[1])
+    path = next(copy.rglob("case_000*slice_6*"))
+    image = nibabel.load(path)
+    voxels = image.get_fdata()
+    voxels[3, 4] += 1
+    write(path, voxels)
+    assert key(copy) != before
+    assert key(root, nan="zero") != before
+    assert key(root, scale_percentiles=(0, 50)) != before
+
+
+def built(folder, name, size, used):
+    """A stand-in for a built data set, last used at a time."""
+    place = folder / name / "1.0.0"
+    place.mkdir(parents=True)
+    (place / "records").write_bytes(b"x" * size)
+    (folder / name / hip_mri._USED).touch()
+    os.utime(folder / name / hip_mri._USED, (used, used))
+    return folder / name
+
+
+def test_the_sets_not_used_for_longest_are_removed_until_the_limit_is_kept(tmp_path):
+    for name, used in (("b", 20), ("a", 30), ("c", 10), ("d", 40)):
+        built(tmp_path, name, 1000, used)
+    assert list(hip_mri._remove_old(tmp_path, 4000)) == []
+    assert list(hip_mri._remove_old(tmp_path, 2500)) == ["c", "b"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "d"]
+    assert list(hip_mri._remove_old(tmp_path, 0)) == ["a", "d"]
+
+
+def test_a_set_in_use_by_another_process_is_kept(tmp_path):
+    for name, used in (("a", 10), ("b", 20), ("c", 30)):
+        built(tmp_path, name, 1000, used)
+    lines = (
+        "import sys; from pathlib import Path; from vqvae_jax.data import hip_mri",
+        "hip_mri._use(Path(sys.argv[1])); print('in use', flush=True); sys.stdin.read()",
+    )
+    command = [sys.executable, "-c", "\n".join(lines), tmp_path / "a/1.0.0"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "in use\n"
+        os.utime(tmp_path / "a" / hip_mri._USED, (10, 10))
+        assert list(hip_mri._remove_old(tmp_path, 1000)) == ["b", "c"]
+        assert (tmp_path / "a/1.0.0/records").exists()
+        process.kill()
+    assert list(hip_mri._remove_old(tmp_path, 0)) == ["a"]
+
+
+def test_using_a_set_makes_it_the_last_to_be_removed_and_the_limit_is_a_setting(root):
+    paths = [Path(prepare(root, scale_percentiles=(0, percent))[0].data_path) for percent in (50, 60)]
+    used = [path.parent / hip_mri._USED for path in paths]
+    os.utime(used[1], (10, 10))
+    before = used[0].stat().st_mtime_ns
+    assert used[1].stat().st_mtime_ns < before
+    prepare(root, scale_percentiles=(0, 60))
+    assert used[1].stat().st_mtime_ns >= before
+    hip_mri._in_use.clear()  # as when this process has ended
+    _, lines = prepare(root, scale_percentiles=(0, 70), cache_limit=0)
+    assert sum(line.startswith("Removed the data set") for line in lines) == 2
+    assert not any(path.exists() for path in paths)
+    assert left_behind(root)  # the one that was asked for
 
 
 # Bad files.
@@ -209,23 +288,35 @@ def spoil(root, count=30):
     return {path.relative_to(root).as_posix() for path in root.rglob("*.nii*") if not path.name.startswith("case")}
 
 
+VOXELS_ALONE_TELL = ("truncated.nii.gz", "flipped.nii.gz", "nan.nii")
+"""Of the bad files, those whose headers are in order."""
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_all_bad_files_are_named_in_one_line(root, packed):
+    """First those whose headers tell, before any voxel is read; then the others."""
     bad = spoil(root)
     if packed:
         (root / SPLIT_FOLDERS["train"] / "link.nii").unlink()
         bad.remove(f"{SPLIT_FOLDERS['train']}/link.nii")
-        with zipfile.ZipFile(root.parent / "set.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-            for path in root.rglob("*.nii*"):
-                archive.write(path, path.relative_to(root))
-    with pytest.raises(DataError, match=r"--on-bad-file skip$") as caught:
-        prepare(root.parent / "set.zip" if packed else root)
-    message = str(caught.value)
-    assert f"{len(bad)} of {len(bad) + 6} files cannot be used" in message
-    assert {name for name in bad if f"{name} " in message} == bad
-    assert "case_" not in message
-    assert "\n" not in message
-    assert not left_behind(root)
+    late = {name for name in bad if name.endswith(VOXELS_ALONE_TELL)}
+    for named in (bad - late, late):
+        if packed:
+            with zipfile.ZipFile(root.parent / "set.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+                for path in root.rglob("*.nii*"):
+                    archive.write(path, path.relative_to(root))
+        with pytest.raises(DataError, match=r"--on-bad-file skip$") as caught:
+            prepare(root.parent / "set.zip" if packed else root)
+        message = str(caught.value)
+        left = len(list(root.rglob("*.nii*")))
+        assert f"{len(named)} of {left} files cannot be used" in message
+        assert {name for name in bad if f"{name} " in message} == named
+        assert "case_" not in message
+        assert "\n" not in message
+        assert not left_behind(root)
+        for name in named:
+            (root / name).unlink()
+    assert len(records(prepare(root)[0])) == 6
 
 
 def test_skipped_files_are_listed_whenever_the_set_is_opened(root):
@@ -238,7 +329,7 @@ def test_skipped_files_are_listed_whenever_the_set_is_opened(root):
         for one, other in zip(records(builder), expected, strict=True):
             assert one["file"] == other["file"]
             np.testing.assert_array_equal(one["image"], other["image"])
-    with pytest.raises(DataError, match="30 of 36 files"):
+    with pytest.raises(DataError, match="27 of 36 files"):
         prepare(root, on_bad_file="error")
 
 
@@ -246,13 +337,25 @@ def test_skipped_files_are_listed_whenever_the_set_is_opened(root):
 @pytest.mark.parametrize("without", [["train"], ["validation"], ["test"], ["train", "validation", "test"]])
 def test_a_split_without_a_readable_file_is_named_and_so_are_the_other_bad_files(root, setting, without):
     bad = spoil(root, 8)
-    for path in (path for split in without for path in (root / SPLIT_FOLDERS[split]).glob("case*")):
+    bad = {name for name in bad if not name.endswith(VOXELS_ALONE_TELL)}
+    for path in [path for split in without for path in (root / SPLIT_FOLDERS[split]).iterdir()]:
+        path.unlink()
         path.write_bytes(b"")
         bad.add(path.relative_to(root).as_posix())
-    with pytest.raises(DataError, match=f"Mend or replace them: split {without[0]} holds no readable file$") as caught:
+    with pytest.raises(DataError, match=r"Mend or replace them: split \w+ holds no readable file$") as caught:
         prepare(root, on_bad_file=setting)
+    assert re.search(r"split (\w+) holds", str(caught.value))[1] in without
     assert {name for name in bad if f"{name} " in str(caught.value)} == bad
     assert not left_behind(root)
+
+
+def test_a_split_whose_voxels_cannot_be_read_is_named(root):
+    for path in (root / SPLIT_FOLDERS["validation"]).iterdir():
+        path.write_bytes(path.read_bytes()[:-200])
+    for setting in ("error", "skip"):
+        with pytest.raises(DataError, match=r"Mend or replace them: split validation holds no readable file$"):
+            prepare(root, on_bad_file=setting)
+        assert not left_behind(root)
 
 
 def test_a_constant_slice_is_kept_with_a_warning_and_becomes_zeros(root):
@@ -271,9 +374,9 @@ def test_a_constant_slice_is_kept_with_a_warning_and_becomes_zeros(root):
 # Real scans.
 
 
-@pytest.mark.skipif(not REAL_DATA.exists(), reason="shared/data is not here")
+@pytest.mark.skipif(not PROSTATEX.exists(), reason="shared/data is not here")
 def test_the_real_zip(tmp_path):
-    path = REAL_DATA / "prostatex_keras_slices_data.zip"
+    path = PROSTATEX / "prostatex_keras_slices_data.zip"
     builder, lines = prepare(path, tfds_dir=str(tmp_path))
     assert {split: builder.info.splits[split].num_examples for split in SPLITS} == {
         "train": 151,
@@ -289,13 +392,13 @@ def test_the_real_zip(tmp_path):
             np.testing.assert_allclose(record["affine"], image.affine)
 
 
-@pytest.mark.skipif(not REAL_DATA.exists(), reason="shared/data is not here")
+@pytest.mark.skipif(not PROSTATEX.exists(), reason="shared/data is not here")
 def test_the_real_volumes(tmp_path):
-    builder, _ = prepare(REAL_DATA / "volumes", tfds_dir=str(tmp_path))
+    builder, _ = prepare(PROSTATEX / "volumes", tfds_dir=str(tmp_path))
     stacks = {}
     for record in records(builder):
         stacks.setdefault(record["file"].decode(), []).append(record["image"])
     assert len(stacks) == 9
     for name, images in stacks.items():
-        expected = nibabel.load(REAL_DATA / "volumes" / name).get_fdata()
+        expected = nibabel.load(PROSTATEX / "volumes" / name).get_fdata()
         np.testing.assert_array_equal(np.stack(images, -1), expected)

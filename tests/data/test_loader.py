@@ -4,11 +4,12 @@ import itertools
 import json
 import time
 
+import nibabel
 import numpy as np
 import pytest
 
 from vqvae_jax.config import DataConfig
-from vqvae_jax.data import grid
+from vqvae_jax.data import grid, hip_mri, loader
 from vqvae_jax.data.loader import Slices, TrainLoader, eval_batches, open_splits
 from vqvae_jax.errors import DataError
 
@@ -42,9 +43,9 @@ def slices(count, **settings):
     return Slices(Records(count), DataConfig(**settings), SIZE)
 
 
-def order(loader, batches):
+def order(stream, batches):
     """Indices of the slices in the next batches, [batches, B]."""
-    drawn = np.stack(list(itertools.islice(loader, batches)))
+    drawn = np.stack(list(itertools.islice(stream, batches)))
     return np.rint(drawn[:, :, 0, 0, 0] * 100).astype(int) - 1
 
 
@@ -55,15 +56,22 @@ def test_batches_are_stacked_slices():
     assert (batch == batch[:, :1, :1]).all()
 
 
-@pytest.mark.parametrize("limit", [0, 4])
-def test_slices_are_scaled_and_fitted_whether_kept_or_not(limit):
+@pytest.mark.parametrize("room", [0, 6 * 16 * 8 * 4 - 1, 6 * 16 * 8 * 4])
+def test_slices_are_scaled_and_fitted_whether_kept_or_not(room, monkeypatch):
+    monkeypatch.setattr(loader, "_kept_bytes", lambda: room)
     records = Records(6, (20, 6))
-    prepared = Slices(records, DataConfig(memory_limit_gib=limit), SIZE)
+    prepared = Slices(records, DataConfig(), SIZE)
     for _ in range(2):
         for n in range(6):
             expected = grid.fit(np.full((20, 6), (n + 1) / 100, np.float32), SIZE, "pad-crop")
             np.testing.assert_allclose(prepared[n][..., 0], expected)
-    assert len(records.read) == (6 if limit else 12)
+    assert len(records.read) == (6 if room == 6 * 16 * 8 * 4 else 12)
+
+
+def test_slices_take_at_most_a_quarter_of_the_memory():
+    with open("/proc/meminfo") as file:
+        total = 1024 * int(file.readline().split()[1])
+    assert 0.2 * total < loader._kept_bytes() < 0.3 * total
 
 
 def test_a_sample_is_on_its_own_grid_with_its_origin():
@@ -200,10 +208,11 @@ def test_evaluation_sees_each_slice_once_in_as_many_batches_per_process(count, p
 
 
 @pytest.mark.parametrize("processes", [1, 3])
-@pytest.mark.parametrize("limit", [0, 4])
-def test_one_evaluation_pass_reads_each_record_once(limit, processes):
+@pytest.mark.parametrize("room", [0, 1 << 30])
+def test_one_evaluation_pass_reads_each_record_once(room, processes, monkeypatch):
+    monkeypatch.setattr(loader, "_kept_bytes", lambda: room)
     records = Records(13)
-    split = Slices(records, DataConfig(memory_limit_gib=limit), SIZE)
+    split = Slices(records, DataConfig(), SIZE)
     for passes in (1, 2):
         for index in range(processes):
             for batch in eval_batches(split, 4, process_index=index, process_count=processes):
@@ -217,13 +226,27 @@ def test_masked_means_are_exact():
     assert total / 13 == pytest.approx(np.mean(np.arange(1, 14)) / 100)
 
 
+def test_a_split_without_images_is_named_before_anything_is_built(tmp_path):
+    for name in ("a1.nii", "b2.nii"):
+        nibabel.save(nibabel.Nifti1Image(np.ones(SIZE, np.int16), np.eye(4)), tmp_path / name)
+    rows = ["path,role,case,split,reason", "a1.nii,image,a,train,", "b2.nii,image,b,test,"]
+    (tmp_path / "x.csv").write_text("\n".join(rows))
+    config = DataConfig(data=str(tmp_path / "x.csv"), tfds_dir=str(tmp_path / "tfds"))
+    survey = hip_mri.look(config, SIZE)
+    with pytest.raises(DataError, match=r"x\.csv: has no images of the split validation"):
+        open_splits(survey, config, SIZE, ["train", "validation"])
+    assert not (tmp_path / "tfds").exists()
+
+
 def test_splits_are_opened_by_name_at_the_models_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = DataConfig(data="phantom", tfds_dir="tfds", phantom_cases=3, phantom_slices=2)
-    lines = []
-    test, train = open_splits(config, SIZE, ["test", "train"], lines.append)
+    survey, lines = hip_mri.look(config, SIZE), []
+    test, train = open_splits(survey, config, SIZE, ["test", "train"], lines.append)
     assert (len(test), len(train)) == (4, 6)
+    assert (survey.slices("test"), survey.slices("train")) == (4, 6)
     for split in (test, train):
         assert split[0].shape == (*SIZE, 1)
     assert all("keras_slices_test/" in test.sample(n).file for n in range(4))
-    assert any("train 6 files of 3 cases" in line for line in lines)
+    assert any("Built" in line for line in lines)
+    assert any("train 6 files of 3 cases" in line for line in survey.facts())

@@ -8,7 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from vqvae_jax.data import nifti
+from vqvae_jax.data import nifti, nifti_write
 from vqvae_jax.errors import DataError
 
 VERSIONS = {"1": nibabel.Nifti1Image, "2": nibabel.Nifti2Image}
@@ -172,3 +172,45 @@ def test_no_memory_is_taken_on_a_headers_word(compress, high, shape, announced):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 12e6
+
+
+# Headers a rounding error away from right, and voxels outside a mask.
+
+
+@pytest.mark.parametrize("excess", [1e-6, 1e-4])
+def test_a_quaternion_a_rounding_error_beyond_1_is_read_and_kept(excess):
+    """As ITK and the NIfTI library in C do; the header is written back as it was."""
+    image = nibabel.Nifti1Image(RNG.integers(0, 99, (9, 8, 7)).astype(np.int16), np.eye(4))
+    image.set_sform(None, 0)
+    image.set_qform(np.diag([-1.0, -1, 1, 1]), 1)  # half a turn: b, c, d = 0, 0, 1
+    content = bytearray(image.to_bytes())
+    content[256:268] = np.array([0.6, 0, 0.8 + excess], "<f4").tobytes()
+    with pytest.raises(ValueError, match="w2"):
+        nibabel.Nifti1Image.from_bytes(bytes(content))  # which is what the repair is for
+    volume = read(bytes(content))
+    turn = volume.affine[:3, :3]
+    np.testing.assert_allclose(turn @ turn.T, np.eye(3), atol=1e-5)
+    np.testing.assert_allclose(turn[:, 1], [0, -1, 0], atol=1e-2)
+    assert nifti.read_header(io.BytesIO(content)).affine.tolist() == volume.affine.tolist()
+    assert nifti_write.to_bytes(volume.voxels, volume.header) == bytes(content)
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_nan_voxels_are_refused_with_the_flag_that_reads_them_as_0(dtype):
+    content = with_voxel(np.nan, dtype)
+    with pytest.raises(DataError, match=r"holds 1 voxels that are NaN.*; --nan zero reads NaN as 0"):
+        read(content)
+    voxels = nifti.read(io.BytesIO(content), len(content), nan="zero").voxels
+    expected = np.ones((9, 8))
+    expected[3, 3] = 0
+    np.testing.assert_array_equal(voxels, expected)
+
+
+def test_infinite_voxels_are_refused_all_the_same():
+    voxels = np.ones((9, 8), np.float32)
+    voxels[0, 0], voxels[1, 1] = np.nan, np.inf
+    content = to_bytes(voxels)
+    with pytest.raises(DataError, match=r"holds 2 voxels .* of 72$"):
+        read(content)
+    with pytest.raises(DataError, match=r"holds 1 voxels .* of 72$"):
+        nifti.read(io.BytesIO(content), len(content), nan="zero")

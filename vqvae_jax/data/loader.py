@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from vqvae_jax.config import DataConfig
 from vqvae_jax.data import hip_mri
 from vqvae_jax.data.grid import fit
 from vqvae_jax.data.intensity import scale
+from vqvae_jax.data.survey import Survey
 from vqvae_jax.errors import DataError
 from vqvae_jax.runtime import distributed
 
@@ -53,7 +55,7 @@ class Slices:
       config: how to scale and fit.
       image_size: the model's height and width.
 
-    Slices are prepared when first asked for, and kept where the whole split fits in the memory limit.
+    Slices are prepared when first asked for, and kept where the whole split takes a quarter of the memory or less.
     """
 
     def __init__(self, records: Any, config: DataConfig, image_size: tuple[int, int]):
@@ -61,7 +63,7 @@ class Slices:
         self._config = config
         self.image_shape = (*image_size, 1)
         needed = len(records) * image_size[0] * image_size[1] * 4
-        self._kept: list | None = [None] * len(records) if needed <= config.memory_limit_gib * 2**30 else None
+        self._kept: list | None = [None] * len(records) if needed <= _kept_bytes() else None
 
     def __len__(self) -> int:
         return len(self._records)
@@ -96,21 +98,31 @@ class Slices:
 
 
 def open_splits(
-    config: DataConfig, image_size: tuple[int, int], splits: Sequence[str], log: Callable[[str], None] = print
+    survey: Survey,
+    config: DataConfig,
+    image_size: tuple[int, int],
+    splits: Sequence[str],
+    log: Callable[[str], None] = print,
 ) -> list[Slices]:
     """The slices of some splits; of several processes, the first builds the data set.
 
     Args:
-      config: where the files are and how to read them.
+      survey: the files, as `hip_mri.look` finds them.
+      config: how to read them.
       image_size: the model's height and width.
-      splits: some of train, validation and test.
+      splits: some of train, validation and test, or of what the survey has.
       log: is given lines for people.
 
     Raises:
-      DataError: no data, or files that cannot be read (all are named).
+      DataError: a split without images; or files that cannot be read (all are named).
     """
+    for split in splits:
+        if not survey.slices(split):
+            raise DataError(
+                f"{survey.path}: has no images of the split {split}; give it some, or give no splits at all"
+            )
     with distributed.first_alone():
-        builder = hip_mri.prepare(config, image_size, log)
+        builder = hip_mri.build(survey, config, log)
     return [Slices(builder.as_data_source(split=split), config, image_size) for split in splits]
 
 
@@ -201,6 +213,11 @@ def batch_of(prepared: Sequence[tuple[Sample, np.ndarray]], batch_size: int, sha
         images[row] = image
     mask = (np.arange(batch_size) < len(prepared)).astype(np.float32)
     return EvalBatch(images, mask, [sample for sample, _ in prepared])
+
+
+def _kept_bytes() -> int:
+    """A quarter of the machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
 
 class _Prepared:

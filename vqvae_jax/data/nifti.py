@@ -7,7 +7,7 @@ import logging
 import math
 import zlib
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import nibabel
 import numpy as np
@@ -18,10 +18,15 @@ MAX_DEFLATE_RATIO = 1032
 """Deflate cannot expand data by more than this (zlib's technical details)."""
 MIN_SIDE = 7
 """Sides below SSIM's 7 x 7 window cannot be evaluated."""
+QUATERNION_ROUNDING = 1e-3
+"""So much longer than 1 a qform's quaternion may be; nibabel refuses 1e-6, and a longer one is damage."""
 MAX_INTENSITY = 1e38
 """Differences of larger voxels overflow float32."""
+DIRECTIONS = dict.fromkeys("LR", "left-right") | dict.fromkeys("AP", "front-back") | dict.fromkeys("SI", "head-foot")
+"""Anatomical directions by nibabel's codes of their ends."""
 _HEADER_BYTES = (348, 540)  # NIfTI-1 and -2
 _MAX_AXES = 7
+_HEAD_BYTES = 1 << 12
 _TRAILING_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 22
 _SLAB_VOXELS = 1 << 16
@@ -43,6 +48,39 @@ class Volume:
 
 
 @dataclasses.dataclass(frozen=True)
+class Header:
+    """What a file's header alone says.
+
+    Attributes:
+      shape: [X, Y] or [X, Y, Z].
+      affine: float64 [4, 4], voxels to mm.
+      placed: whether the file says how it lies in the body (a qform or an sform); else the affine is a guess.
+      whole_numbers: whether voxels are stored as integers, without scaling, as label maps are.
+      acquired: the axis of slices in ``dim_info``, or None.
+    """
+
+    shape: tuple[int, ...]
+    affine: np.ndarray
+    placed: bool
+    whole_numbers: bool
+    acquired: int | None
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Millimetres between voxels, along each axis."""
+        with np.errstate(over="ignore"):  # a damaged affine
+            return tuple(np.linalg.norm(self.affine[:3, :3], axis=0)[: len(self.shape)].tolist())
+
+    @property
+    def directions(self) -> tuple[str, ...] | None:
+        """What each of the three axes is closest to: "left-right", "front-back" or "head-foot"; None if not known."""
+        if not self.placed or not np.isfinite(self.affine).all():
+            return None
+        codes = nibabel.orientations.aff2axcodes(self.affine)
+        return None if None in codes else tuple(DIRECTIONS[code] for code in codes)
+
+
+@dataclasses.dataclass(frozen=True)
 class Slice:
     """One slice: float32 [H, W] and a [4, 4] affine from (row, column, 0) to scanner space (mm)."""
 
@@ -50,7 +88,7 @@ class Slice:
     affine: np.ndarray
 
 
-def read(source: Path | BinaryIO, size: int | None = None) -> Volume:
+def read(source: Path | BinaryIO, size: int | None = None, *, nan: Literal["refuse", "zero"] = "refuse") -> Volume:
     """Reads a ``.nii`` or ``.nii.gz`` file (NIfTI-1 or -2, either byte order, any voxel type up to 64-bit parts).
 
     ``scl_slope`` and ``scl_inter`` are applied; complex voxels become magnitudes and RGB voxels their
@@ -60,12 +98,13 @@ def read(source: Path | BinaryIO, size: int | None = None) -> Volume:
     Args:
       source: a path, or a binary stream (then ``size`` is needed).
       size: bytes in the stream.
+      nan: refuse a file with voxels that are NaN, or read them as 0.
 
     Raises:
       DataError: the file is not NIfTI, is truncated or damaged, is not 2-D or 3-D, or holds voxels that
         are not finite in float32. The message gives the reason alone: the caller knows the file's name.
     """
-    return _parse(read_bytes(source, size))
+    return _parse(read_bytes(source, size), nan)
 
 
 def read_bytes(source: Path | BinaryIO, size: int | None = None) -> bytes:
@@ -108,6 +147,36 @@ def _read_bounded(stream: BinaryIO, size: int) -> bytes:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"is truncated or damaged ({error})") from error
     return b"".join(parts)
+
+
+def read_header(stream: BinaryIO) -> Header:
+    """What the header of a ``.nii`` or ``.nii.gz`` file says; its voxels are not read.
+
+    Raises:
+      DataError: as for ``read``, as far as the header shows it.
+    """
+    head = stream.read(_HEAD_BYTES)
+    if not head:
+        raise DataError("is empty (0 bytes)")
+    if head[:2] == b"\x1f\x8b":
+        try:
+            head = zlib.decompressobj(wbits=31).decompress(head, _HEADER_BYTES[-1])
+        except zlib.error as error:
+            raise DataError(f"is truncated or damaged ({error})") from error
+    return parse_header(header_of(head))
+
+
+def parse_header(header: nibabel.Nifti1Header) -> Header:
+    """What is in a header that ``header_of`` returned. Raises DataError where it is damaged."""
+    slope, inter = _scaling(header)
+    dtype = header.get_data_dtype()
+    return Header(
+        _shape(header),
+        _affine(header),
+        bool(header["qform_code"] > 0 or header["sform_code"] > 0),
+        dtype.kind in "iu" and not dtype.fields and (slope is None or (slope, inter) == (1, 0)),
+        header.get_dim_info()[2],
+    )
 
 
 def header_of(head: bytes) -> nibabel.Nifti1Header:
@@ -155,25 +224,51 @@ def _bytes_needed(header: nibabel.Nifti1Header) -> int:
     return header.get_data_offset() + math.prod(_shape(header)) * header.get_data_dtype().itemsize
 
 
-def _parse(content: bytes) -> Volume:
-    header = header_of(content)
-    shape = _shape(header)
+def _scaling(header: nibabel.Nifti1Header) -> tuple[float | None, float | None]:
     with np.errstate(all="ignore"):
         try:
-            slope, inter = header.get_slope_inter()
+            return header.get_slope_inter()
+        except Exception as error:  # nibabel's own kind, for an intercept that is not finite
+            raise DataError(f"has a damaged header ({error})") from error
+
+
+def _affine(header: nibabel.Nifti1Header) -> np.ndarray:
+    """float64 [4, 4]. A quaternion that rounding made longer than 1 is shortened, as by the C library."""
+    quaternion = [float(header[f"quatern_{name}"]) for name in "bcd"]
+    length = math.hypot(*quaternion)
+    if 1 < length <= 1 + QUATERNION_ROUNDING:
+        header = header.copy()
+        for name, value in zip("bcd", quaternion, strict=True):
+            header[f"quatern_{name}"] = value / length * (1 - float(np.finfo(np.float32).eps))
+    with np.errstate(all="ignore"):
+        try:
             affine = np.asarray(header.get_best_affine(), dtype=np.float64)
         except Exception as error:  # nibabel raises many kinds on damaged headers
             raise DataError(f"has a damaged header ({error})") from error
+    if not np.isfinite(affine).all():
+        raise DataError("has a damaged header (its affine is not finite)")
+    return affine
+
+
+def _parse(content: bytes, nan: Literal["refuse", "zero"]) -> Volume:
+    header = header_of(content)
+    shape, affine = _shape(header), _affine(header)
+    slope, inter = _scaling(header)
+    with np.errstate(all="ignore"):
         stored = np.frombuffer(content, header.get_data_dtype(), math.prod(shape), header.get_data_offset())
-        voxels, bad = np.empty(stored.size, np.float32), 0
+        voxels, bad, nans = np.empty(stored.size, np.float32), 0, 0
         for start in range(0, stored.size, _SLAB_VOXELS):  # float64 copies of all voxels would be many times the file
             slab = voxels[start : start + _SLAB_VOXELS]
             slab[:] = _scaled(stored[start : start + _SLAB_VOXELS], slope, inter)
+            nans += np.count_nonzero(np.isnan(slab))
+            if nan == "zero":
+                slab[np.isnan(slab)] = 0
             bad += slab.size - np.count_nonzero(np.abs(slab) <= MAX_INTENSITY)
     if bad:
-        raise DataError(f"holds {bad} voxels that are NaN, infinite or beyond {MAX_INTENSITY:g}, of {voxels.size}")
-    if not np.isfinite(affine).all():
-        raise DataError("has a damaged header (its affine is not finite)")
+        advice = "; --nan zero reads NaN as 0" if nan == "refuse" and bad == nans else ""
+        raise DataError(
+            f"holds {bad} voxels that are NaN, infinite or beyond {MAX_INTENSITY:g}, of {voxels.size}{advice}"
+        )
     return Volume(voxels.reshape(shape, order="F"), affine, content[: header.get_data_offset()])
 
 
@@ -205,7 +300,11 @@ def slices(volume: Volume, slice_axis: int = -1) -> list[Slice]:
             # Not np.take, which copies the whole volume for each slice, since files have their first axis fastest.
             pixels = np.ascontiguousarray(voxels[(slice(None),) * axis + (index,)])
             cut.append(Slice(pixels, place))
-    shape = cut[0].pixels.shape
+    check_slice_shape(cut[0].pixels.shape)
+    return cut
+
+
+def check_slice_shape(shape: tuple[int, ...]) -> None:
+    """Raises DataError where slices of this shape are too small to evaluate."""
     if min(shape) < MIN_SIDE:
         raise DataError(f"has slices of {shape[0]} x {shape[1]} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed")
-    return cut

@@ -1,9 +1,11 @@
-"""Which split and which case (patient) a file belongs to, by its path."""
+"""Which split a file belongs to: by its folders, or by a stable hash of its case."""
 
+import dataclasses
 import hashlib
 import re
 from pathlib import Path, PurePosixPath
 
+from vqvae_jax.data.roles import words
 from vqvae_jax.errors import DataError
 
 SPLIT_FOLDERS = {
@@ -13,95 +15,109 @@ SPLIT_FOLDERS = {
 }
 """Folders of HipMRI's own splits."""
 SPLITS = tuple(SPLIT_FOLDERS)
-SEGMENTATION_PREFIX = "keras_slices_seg_"
+WHOLE = "whole"
+"""The one split of a data set that is not divided."""
+_SPLIT_OF_WORD = {
+    **dict.fromkeys(("train", "training", "tr"), "train"),
+    **dict.fromkeys(("val", "valid", "validate", "validation"), "validation"),
+    **dict.fromkeys(("test", "testing", "ts"), "test"),
+}
+_BESIDE_IT = {
+    *("keras", "slices", "slice", "images", "image", "imgs", "img", "data", "dataset", "set"),
+    *("mr", "mri", "mrs", "nifti", "semantic", "split"),
+}
+"""Words that may stand beside a split's in a folder's name: keras_slices_train, imagesTr, train_set."""
 _HELD_OUT_SHARE = 0.1
-_BIDS_SUBJECT = re.compile(r"(?<![^/_])sub-[A-Za-z0-9]+")
-_HIPMRI_NAME = re.compile(r"(?P<case>case_[^_/]+)_week_(?P<week>\d+)_slice_(?P<slice>\d+)\.nii")
+_HIPMRI_NAME = re.compile(r"case_[^_/]+_week_(?P<week>\d+)_slice_(?P<slice>\d+)\.nii", re.IGNORECASE)
 
 
-def path_of(name: str) -> PurePosixPath:
-    return PurePosixPath(name.replace("\\", "/"))  # some Windows programs zip with backslashes
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """Splits of files by name; ``how`` they were found, for people; and files that lie in no split's folder."""
+
+    splits: dict[str, str]
+    how: str
+    outside: list[str]
 
 
-def is_image(name: str) -> bool:
-    parts = path_of(name).parts
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-    return not hidden and not any(part.startswith(SEGMENTATION_PREFIX) for part in parts[:-1])
+def split_of_folder(folder: str) -> str | None:
+    """The split that a folder's name stands for, if any: train, imagesTr, keras_slices_validate."""
+    rest = [word for word in words(folder) if word not in _BESIDE_IT]
+    return _SPLIT_OF_WORD.get(rest[0]) if len(rest) == 1 else None
 
 
-def place(found: dict, path: Path, pattern: re.Pattern | None) -> tuple[bool, dict[str, tuple[str, str]]]:
-    """Split and case of every file that is part of the data set; and whether it brings its own splits."""
-    split_of = {folder: split for split, folder in SPLIT_FOLDERS.items()}
-    given = {}
-    for name in found:
-        for folder in path_of(name).parts[:-1][:2]:
-            if folder in split_of:
-                given[name] = (split_of[folder], case_of(name, pattern))
-                break
-    if not given:
-        return False, split_by_case({name: case_of(name, pattern) for name in found}, path)
-    there = {split for split, _ in given.values()}
-    missing = [folder for split, folder in SPLIT_FOLDERS.items() if split not in there]
-    if missing:
-        raise DataError(
-            f"{path}: holds no .nii or .nii.gz files in {', '.join(missing)}, which the HipMRI layout needs beside "
-            f"{', '.join(folder for folder in split_of if folder not in missing)}; add them, or rename the "
-            "folders to have the files split by case"
-        )
-    return True, given
+def split_of_path(name: str) -> str | None:
+    """The split of the first folder above a file, at any depth, that stands for one."""
+    found = map(split_of_folder, PurePosixPath(name).parts[:-1])
+    return next(filter(None, found), None)
 
 
-def case_of(name: str, pattern: re.Pattern | None = None) -> str:
-    """The case (patient) that a file belongs to, from its path below the data set's root.
+def place(cases: dict[str, str], path: Path) -> Placed:
+    """Splits of files, {name: case}.
 
-    By default ``case_<id>`` of HipMRI names, or BIDS's ``sub-<label>``; else the first folder with a digit in
-    its name; else the file name up to and with its first number (``prostatex_0001_tra.nii.gz`` ->
-    ``prostatex_0001``); else the file name. With ``pattern``: what it matches (its first group if it has
-    one), else as above.
-    """
-    if pattern and (match := pattern.search(name)):
-        return (pattern.groups and match.group(1)) or match.group()
-    path = path_of(name)
-    if match := _HIPMRI_NAME.search(path.name):
-        return match["case"]
-    if match := _BIDS_SUBJECT.search(name):
-        return match[0]
-    for folder in path.parts[:-1]:
-        if re.search(r"\d", folder):
-            return folder
-    stem = path.name.removesuffix(".gz").removesuffix(".nii")
-    match = re.match(r"\D*\d+", stem)
-    return match[0] if match else stem
-
-
-def split_by_case(cases: dict[str, str], path: Path) -> dict[str, tuple[str, str]]:
-    """Splits files 80/10/10 by a stable hash of their case: {name: case} to {name: (split, case)}.
-
-    A case keeps its split when others are added; only where validation or testing would be empty does
-    the case of the next lowest hash move there.
+    Folders that are named like splits give them. Where there are none, all files are divided by case, 80/10/10. Where
+    one or two splits are missing, they are made from the others: a tenth of the cases each, from the training split
+    if there is one, else from the largest (of two as large, the validation split).
 
     Raises:
-      DataError: fewer than three cases.
+      DataError: fewer cases than splits to make.
     """
-    ranks = {case: int(hashlib.sha256(case.encode()).hexdigest()[:12], 16) / 16**12 for case in set(cases.values())}
-    if len(ranks) < len(SPLITS):
+    given = {name: split for name in cases if (split := split_of_path(name))}
+    if not given:
+        by_case = divide(set(cases.values()), SPLITS[1:], path)
+        return Placed({name: by_case[case] for name, case in cases.items()}, "by case", [])
+    outside = [name for name in cases if name not in given]
+    there = [split for split in SPLITS if split in given.values()]
+    missing = [split for split in SPLITS if split not in there]
+    if not missing:
+        return Placed(given, "its own folders", outside)
+    sizes = {split: list(given.values()).count(split) for split in there}
+    donor = "train" if "train" in there else max(sizes, key=sizes.get)
+    held_out = tuple(split for split in SPLITS[1:] if split in missing or split == donor)
+    made = divide({cases[name] for name, split in given.items() if split == donor}, held_out, path)
+    splits = {name: made[cases[name]] if split == donor else split for name, split in given.items()}
+    return Placed(splits, f"its own folders; {' and '.join(missing)} made from {donor} by case", outside)
+
+
+def divide(cases: set[str], held_out: tuple[str, ...], path: Path) -> dict[str, str]:
+    """Divides cases by a stable hash of their names: a tenth to each of ``held_out``, the others to train.
+
+    A case keeps its split when others are added. Only where a split would be empty does the case of the next lowest
+    hash move there.
+
+    Raises:
+      DataError: fewer cases than splits.
+    """
+    ranks = {case: int(hashlib.sha256(case.encode()).hexdigest()[:12], 16) / 16**12 for case in cases}
+    wanted = ("train", *held_out)
+    if len(ranks) < len(wanted):
         raise DataError(
-            f"{path}: its {len(cases)} files belong to {len(ranks)} case(s) ({', '.join(sorted(ranks))}), and a split "
-            "by case needs 3 or more; set --case-pattern, or make folders keras_slices_train, keras_slices_validate "
-            "and keras_slices_test"
+            f"{path}: its files belong to {len(ranks)} case(s) ({', '.join(sorted(ranks))}), and a split by case "
+            f"into {', '.join(wanted)} needs {len(wanted)} or more; set --case-pattern, or make folders "
+            f"{', '.join(SPLIT_FOLDERS.values())}"
         )
+    order = [split for split in ("test", "validation") if split in held_out]  # from the lowest hash
     splits = {
-        case: "test" if rank < _HELD_OUT_SHARE else "validation" if rank < 2 * _HELD_OUT_SHARE else "train"
+        case: next((split for place, split in enumerate(order, 1) if rank < place * _HELD_OUT_SHARE), "train")
         for case, rank in ranks.items()
     }
-    for wanted in SPLITS:
-        if wanted not in splits.values():
-            most = max(SPLITS, key=list(splits.values()).count)
-            lowest = min((case for case in splits if splits[case] == most), key=ranks.get)
-            splits[lowest] = wanted
-    return {name: (splits[case], case) for name, case in cases.items()}
+    for split in wanted:
+        if split not in splits.values():
+            largest = max(wanted, key=list(splits.values()).count)
+            lowest = min((case for case in splits if splits[case] == largest), key=ranks.get)
+            splits[lowest] = split
+    return splits
+
+
+def shared_cases(splits: dict[str, str], cases: dict[str, str]) -> dict[str, set[str]]:
+    """Cases that lie in several splits, with those."""
+    found: dict[str, set[str]] = {}
+    for name, split in splits.items():
+        found.setdefault(cases[name], set()).add(split)
+    return {case: several for case, several in sorted(found.items()) if len(several) > 1}
 
 
 def week_and_slice(name: str) -> tuple[int, int]:
+    """HipMRI's numbers in a file's name; -1 where it has none."""
     match = _HIPMRI_NAME.search(name)
     return (int(match["week"]), int(match["slice"])) if match else (-1, -1)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 from vqvae_jax.config import Config
 from vqvae_jax.errors import ConfigError
@@ -31,8 +31,8 @@ def from_json(text: str, source: str | Path = "config.json") -> Config:
 def _from_dict(cls: type, values: Any, source: str | Path, where: str) -> Any:
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: {where or 'the top level'} must be an object, found {type(values).__name__}")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    groups = {name for name, field in fields.items() if dataclasses.is_dataclass(field.type)}
+    fields = get_type_hints(cls)
+    groups = {name for name, kind in fields.items() if dataclasses.is_dataclass(kind)}
     if odd := sorted(values.keys() ^ fields.keys()):
         state = "unknown" if odd[0] in values else "missing"
         raise ConfigError(
@@ -42,35 +42,47 @@ def _from_dict(cls: type, values: Any, source: str | Path, where: str) -> Any:
     arguments = dict(values)
     for name, value in values.items():
         if name in groups:
-            arguments[name] = _from_dict(fields[name].type, value, source, f"{where}{name}.")
+            arguments[name] = _from_dict(fields[name], value, source, f"{where}{name}.")
         else:
-            _check_type(fields[name], value, source, where)
+            _check_type(f"{where}{name}", fields[name], value, source)
     try:
         return cls(**arguments)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
 
 
-def _check_type(field: dataclasses.Field, value: Any, source: str | Path, where: str) -> None:
+def _check_type(name: str, kind: Any, value: Any, source: str | Path) -> None:
     accepted = {
         bool: lambda v: type(v) is bool,
         int: lambda v: type(v) is int,
         float: lambda v: type(v) in (int, float),
         str: lambda v: isinstance(v, str),
         str | None: lambda v: v is None or isinstance(v, str),
+        int | None: lambda v: v is None or type(v) is int,
         tuple[int, int]: lambda v: isinstance(v, list) and all(type(x) is int for x in v),
         tuple[str, ...]: lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
         tuple[float, float]: lambda v: isinstance(v, list) and all(type(x) in (int, float) for x in v),
     }
-    choices = [(type(choice), choice) for choice in get_args(field.type)]
-    check = accepted.get(field.type, lambda v: (type(v), v) in choices)  # 4.0 and True are no integers
+    choices = [(type(choice), choice) for choice in _choices(kind)]
+    check = accepted.get(kind, lambda v: (type(v), v) in choices)  # 4.0 and True are no integers
     if not check(value):
-        expected = field.type.__name__ if isinstance(field.type, type) else field.type
-        raise ConfigError(f"{source}: {where}{field.name} is {value!r}, but must be of type {expected}")
+        expected = kind.__name__ if isinstance(kind, type) else kind
+        raise ConfigError(f"{source}: {name} is {value!r}, but must be of type {expected}")
+
+
+def _choices(kind: Any) -> list[Any]:
+    """The values of a Literal, or of a Literal or None."""
+    found = []
+    for part in get_args(kind):
+        if part is type(None):
+            found.append(None)
+        else:
+            found += _choices(part) if get_args(part) else [part]
+    return found
 
 
 CHANGEABLE = {
-    "data": {"data", "tfds_dir", "memory_limit_gib"},
+    "data": {"data", "tfds_dir", "cache_limit"},
     "loss": {"vgg_weights"},
     "training": {"epochs", "sample_images", "remat"},
 }

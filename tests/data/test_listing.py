@@ -1,4 +1,4 @@
-"""Finding the files of a set: layouts, and zips and folders that are not what they should be."""
+"""Listing the files of a set: zips and folders, also those that are not what they should be."""
 
 import os
 import stat
@@ -9,8 +9,10 @@ import nibabel
 import numpy as np
 import pytest
 
-from vqvae_jax.data import source
-from vqvae_jax.data.source import Source
+from vqvae_jax.config import DataConfig
+from vqvae_jax.data import listing
+from vqvae_jax.data.splits import week_and_slice
+from vqvae_jax.data.survey import Survey, find_data
 from vqvae_jax.errors import ConfigError, DataError
 
 NIFTI = nibabel.Nifti1Image(np.arange(72, dtype=np.int16).reshape(9, 8), np.eye(4)).to_bytes()
@@ -43,60 +45,75 @@ def write_zip(path, names, content=NIFTI):
     return path
 
 
-def splits(files):
-    return {entry.name: entry.split for entry in files.entries}
+def survey(path, **settings):
+    return Survey(path, DataConfig(**settings))
+
+
+def splits(found):
+    return {image.name: image.split for image in found.images}
 
 
 @pytest.mark.parametrize("nested", ["", "HipMRI_study_keras_slices_data/"])
 @pytest.mark.parametrize("write", [write_folder, write_zip])
 def test_the_hipmri_layout_keeps_its_splits(write, nested, tmp_path):
-    files = Source(write(tmp_path / "set", [nested + name for name in (*HIPMRI, *NEVER_READ)]))
-    assert splits(files) == {nested + name: split for name, split in HIPMRI.items()}
-    assert [(e.case, e.week, e.slice) for e in files.entries if e.split == "test"] == [("case_006", 12, 3)]
-    assert [e.slice for e in files.entries if e.split == "train"] == [2, 10]
-    for entry in files.entries:
-        np.testing.assert_array_equal(files.read(entry).voxels, np.arange(72).reshape(9, 8))
+    found = survey(write(tmp_path / "set", [nested + name for name in (*HIPMRI, *NEVER_READ)]))
+    assert splits(found) == {nested + name: split for name, split in HIPMRI.items()}
+    assert found.how == "its own folders"
+    (test,) = (image for image in found.images if image.split == "test")
+    assert (test.case, week_and_slice(test.name)) == ("case_006", (12, 3))
+    assert [week_and_slice(image.name)[1] for image in found.images if image.split == "train"] == [2, 10]
+    for image in found.images:
+        np.testing.assert_array_equal(found.read(image).voxels, np.arange(72).reshape(9, 8))
 
 
 def test_a_zip_with_backslashes_is_understood(tmp_path):
     names = [name.replace("/", "\\") for name in ("set/" + name for name in (*HIPMRI, *NEVER_READ))]
-    files = Source(write_zip(tmp_path / "set.zip", names))
-    assert sorted(splits(files).values()) == sorted(HIPMRI.values())
-    assert files.read(files.entries[0]).voxels.shape == (9, 8)
+    found = survey(write_zip(tmp_path / "set.zip", names))
+    assert sorted(splits(found).values()) == sorted(HIPMRI.values())
+    assert found.read(found.images[0]).voxels.shape == (9, 8)
 
 
-def test_a_missing_split_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"in keras_slices_validate, which the HipMRI layout needs.*; add them, or"):
-        Source(write_folder(tmp_path, [name for name, split in HIPMRI.items() if split != "validation"]))
+@pytest.mark.parametrize("name", ["a1.nii", "a1.NII.GZ", "a1.hdr", "a1.img"])
+def test_one_file_as_data_says_to_give_its_folder(name, tmp_path):
+    write_folder(tmp_path, [name])
+    with pytest.raises(DataError, match=rf"--data .*{name}: is one NIfTI file; give the folder"):
+        survey(tmp_path / name)
 
 
 def test_the_default_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = Path("data/HipMRI_study_keras_slices_data")
     with pytest.raises(DataError, match=rf"{folder}.*--preset demo"):
-        source.find_data(None)
+        find_data(None)
     archive = write_folder(tmp_path, [f"{folder}.zip"]) / f"{folder}.zip"
-    assert source.find_data(None) == archive.relative_to(tmp_path)
+    assert find_data(None) == archive.relative_to(tmp_path)
     folder.mkdir()
-    assert source.find_data(None) == folder
+    assert find_data(None) == folder
     with pytest.raises(DataError, match=r"--data elsewhere: no such .*--preset demo"):
-        source.find_data("elsewhere")
+        find_data("elsewhere")
 
 
-@pytest.mark.parametrize("names", [[], ["notes.txt"], ["keras_slices_seg_train/a.nii"]])
-def test_a_set_without_images_says_what_is_wanted(names, tmp_path):
-    with pytest.raises(DataError, match=r"no .nii or .nii.gz files; put .*--preset demo"):
-        Source(write_folder(tmp_path, names))
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ([], "no .nii or .nii.gz files; "),
+        (["notes.txt"], "no .nii or .nii.gz files; "),
+        (["keras_slices_seg_train/a.nii", "._a.nii"], r"1 left out \(hidden\), 1 left out \(label map\); .*--write"),
+    ],
+)
+def test_a_set_without_images_says_what_is_wanted(names, reason, tmp_path):
+    with pytest.raises(DataError, match=rf"holds no images: {reason}.*put .*--preset demo"):
+        survey(write_folder(tmp_path, names))
 
 
 def test_two_cases_cannot_be_split(tmp_path):
-    with pytest.raises(DataError, match=r"its 3 files belong to 2 case\(s\) \(a1, b1\).*--case-pattern"):
-        Source(write_folder(tmp_path, ["a1_x.nii", "a1_y.nii", "b1.nii"]))
+    with pytest.raises(DataError, match=r"belong to 2 case\(s\) \(a1, b1\).*--case-pattern"):
+        survey(write_folder(tmp_path, ["a1_x.nii", "a1_y.nii", "b1.nii"]))
 
 
 def test_a_case_pattern_that_is_none(tmp_path):
     with pytest.raises(ConfigError, match="--case-pattern '\\(' is not a regular expression"):
-        Source(tmp_path, "(")
+        survey(tmp_path, case_pattern="(")
 
 
 # Zips that are not to be trusted.
@@ -111,22 +128,22 @@ def link(name):
 @pytest.mark.parametrize("odd", ["../a.nii", "keras_slices_train/../../a.nii", "/etc/a.nii", "C:/a.nii", "..\\a.nii"])
 def test_members_outside_the_zips_folder_are_refused(odd, tmp_path):
     with pytest.raises(DataError, match="points outside the zip's own folder; repack") as caught:
-        Source(write_zip(tmp_path / "set.zip", [*HIPMRI, odd]))
+        survey(write_zip(tmp_path / "set.zip", [*HIPMRI, odd]))
     assert repr(odd) in str(caught.value)
 
 
 def test_links_in_a_zip_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"member 'keras_slices_train/l.nii' is a symbolic link; repack"):
-        Source(write_zip(tmp_path / "set.zip", [*HIPMRI, link("keras_slices_train/l.nii")]))
+        survey(write_zip(tmp_path / "set.zip", [*HIPMRI, link("keras_slices_train/l.nii")]))
 
 
 def test_a_zip_may_announce_no_more_than_the_limit(tmp_path, monkeypatch):
     path = write_zip(tmp_path / "set.zip", HIPMRI)
-    monkeypatch.setattr(source, "MAX_UNZIPPED_BYTES", len(NIFTI) * len(HIPMRI))
-    Source(path)
-    monkeypatch.setattr(source, "MAX_UNZIPPED_BYTES", len(NIFTI) * len(HIPMRI) - 1)
+    monkeypatch.setattr(listing, "MAX_UNZIPPED_BYTES", len(NIFTI) * len(HIPMRI))
+    survey(path)
+    monkeypatch.setattr(listing, "MAX_UNZIPPED_BYTES", len(NIFTI) * len(HIPMRI) - 1)
     with pytest.raises(DataError, match=r"set.zip: announces more than"):
-        Source(path)
+        survey(path)
 
 
 def damaged_version(content):
@@ -139,7 +156,7 @@ def test_what_is_no_zip_is_named(damage, tmp_path):
     path = write_zip(tmp_path / "set.zip", HIPMRI)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match=r"set.zip: not a folder and not a readable zip .*; download it again"):
-        Source(path)
+        survey(path)
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
@@ -152,22 +169,58 @@ def test_a_damaged_member_is_named(compression, tmp_path):
     start = content.index(first.encode()) + len(first)
     for position in range(start + 9, start + 24):  # 9: the bytes of an LZMA header that may vary
         path.write_bytes(content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :])
-        files = Source(path)
-        with pytest.raises(DataError, match=f"^{first} ") as caught:
-            files.read(next(entry for entry in files.entries if entry.name == first))
-        assert "\n" not in str(caught.value)
+        message = refusal(survey(path), first)
+        assert message.startswith(f"{first} ")
+        assert "\n" not in message
+
+
+def refusal(found, name):
+    """How a file is refused: by its header, or when it is read."""
+    for odd, reason in found.unreadable:
+        if odd == name:
+            return f"{odd} {reason}"
+    with pytest.raises(DataError) as caught:
+        found.read(next(image for image in found.images if image.name == name))
+    return str(caught.value)
 
 
 # Folders that are not to be trusted.
 
 
-def test_a_broken_link_is_listed_and_named_when_read(tmp_path):
+def test_a_broken_link_is_listed_and_named(tmp_path):
     write_folder(tmp_path, HIPMRI)
     (tmp_path / "keras_slices_train/a.nii").symlink_to("nowhere.nii")
-    files = Source(tmp_path)
-    (entry,) = (entry for entry in files.entries if entry.name == "keras_slices_train/a.nii")
-    with pytest.raises(DataError, match=r"^keras_slices_train/a.nii cannot be opened \(No such file"):
-        files.read(entry)
+    found = survey(tmp_path)
+    assert found.unreadable == [("keras_slices_train/a.nii", "cannot be opened (No such file or directory)")]
+    assert len(found.images) == len(HIPMRI)
+    assert any("keras_slices_train/a.nii" in warning and "--on-bad-file" in warning for warning in found.warnings)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+def test_a_file_without_permission_is_named(tmp_path):
+    write_folder(tmp_path, HIPMRI)
+    first = next(iter(HIPMRI))
+    (tmp_path / first).chmod(0)
+    assert survey(tmp_path).unreadable == [(first, "cannot be opened (Permission denied)")]
+
+
+def test_a_file_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+    write_folder(tmp_path, HIPMRI)
+    first, opened = next(iter(HIPMRI)), Path.open
+
+    def refuse(path, *arguments):  # chmod would not stop root
+        if path.as_posix().endswith(first):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert survey(tmp_path).unreadable == [(first, "cannot be opened (Permission denied)")]
+
+
+def test_a_pipe_is_named_and_not_waited_for(tmp_path):
+    write_folder(tmp_path, HIPMRI)
+    os.mkfifo(tmp_path / "keras_slices_train/a.nii")
+    assert survey(tmp_path).unreadable == [("keras_slices_train/a.nii", "is a pipe; expected a file")]
 
 
 def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
@@ -176,7 +229,7 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     (root / "linked").symlink_to(tmp_path / "elsewhere")
     (root / "deep/up").symlink_to(root)
     (root / "deep/here").symlink_to(".")
-    assert set(splits(Source(root))) == {"a1.nii", "deep/b2.nii", "linked/c3.nii"}
+    assert set(splits(survey(root))) == {"a1.nii", "deep/b2.nii", "linked/c3.nii"}
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
@@ -190,16 +243,16 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match=r"keras_slices_test: cannot be listed \(Permission denied\); make it readable"):
-        Source(tmp_path)
+        survey(tmp_path)
 
 
 def test_a_file_name_that_is_not_utf8_is_named(tmp_path):
     write_folder(tmp_path, ["a1.nii", "b2.nii", os.fsdecode(b"caf\xe9.nii")])
     with pytest.raises(DataError, match=r"the file name 'caf\\udce9.nii' is not UTF-8; rename it"):
-        Source(tmp_path)
+        survey(tmp_path)
 
 
-# The fingerprint.
+# The order, and the fingerprint.
 
 
 def test_the_order_of_files_does_not_depend_on_the_file_system(tmp_path):
@@ -208,26 +261,28 @@ def test_the_order_of_files_does_not_depend_on_the_file_system(tmp_path):
         for split in ("train", "validate", "test")
         for n in ["1", "01", "2"]
     ]
-    one, other = (Source(write_zip(tmp_path / f"{way}.zip", names[::way])) for way in (1, -1))
-    assert [entry.name for entry in one.entries] == [entry.name for entry in other.entries]
+    one, other = (survey(write_zip(tmp_path / f"{way}.zip", names[::way])) for way in (1, -1))
+    assert [image.name for image in one.images] == [image.name for image in other.images]
     assert one.fingerprint() == other.fingerprint()
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda path: os.utime(path, ns=(0, 0)),
-        lambda path: (time := path.stat().st_mtime_ns, path.write_bytes(NIFTI + b" "), os.utime(path, ns=(time, time))),
+        lambda path: path.write_bytes(NIFTI[:-1] + b"?"),
+        lambda path: path.write_bytes(NIFTI + b" "),
         lambda path: path.unlink(),
         lambda path: path.with_name("case_009_week_0_slice_0.nii").write_bytes(NIFTI),
         lambda path: path.rename(path.parents[1] / "keras_slices_test" / path.name),
     ],
-    ids=["touched", "resized", "removed", "added", "moved to another split"],
+    ids=["changed", "resized", "removed", "added", "moved to another split"],
 )
 def test_the_fingerprint_changes_with_the_files_alone(change, tmp_path):
     write_folder(tmp_path, HIPMRI)
-    before = Source(tmp_path).fingerprint()
+    before = survey(tmp_path).fingerprint()
     write_folder(tmp_path, ["keras_slices_seg_train/new.nii"])
-    assert Source(tmp_path).fingerprint() == before
-    change(tmp_path / next(iter(HIPMRI)))
-    assert Source(tmp_path).fingerprint() != before
+    path = tmp_path / next(iter(HIPMRI))
+    os.utime(path, ns=(0, 0))
+    assert survey(tmp_path).fingerprint() == before
+    change(path)
+    assert survey(tmp_path).fingerprint() != before
