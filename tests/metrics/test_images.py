@@ -87,14 +87,3 @@ def test_perceptual_distance_is_the_loss_of_each_image():
         )
         np.testing.assert_allclose(found[index], losses.perceptual_loss(one, other), rtol=1e-5)
     assert found[1] > 1.5 * found[0]
-
-
-def test_measure_gives_each_measure_by_its_name():
-    a, b = (np.asarray(x, np.float32) for x in PAIRS["noisy copy"])
-    found = metrics.measure(a, b)
-    assert list(found) == ["ssim", "psnr", "mae", "ms_ssim", "hfen"]
-    for name, values in found.items():
-        assert isinstance(values, np.ndarray) and values.dtype == np.float32
-        np.testing.assert_array_equal(values, getattr(metrics, name)(a, b))
-    assert list(metrics.measure(a, b, ("mae", "ssim"))) == ["mae", "ssim"]
-    assert np.any(metrics.measure(b, a)["hfen"] != found["hfen"])  # which is the original counts

@@ -1,7 +1,8 @@
 """How good images are and how a codebook is used."""
 
 from vqvae_jax.metrics.codes import code_entropy, codebook_usage, perplexity
-from vqvae_jax.metrics.images import hfen, mae, measure, perceptual_distance, psnr
+from vqvae_jax.metrics.images import hfen, mae, perceptual_distance, psnr
+from vqvae_jax.metrics.measure import measure
 from vqvae_jax.metrics.similarity import SSIM_WINDOW, ms_ssim, ssim
 
 __all__ = [

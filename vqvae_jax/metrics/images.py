@@ -1,16 +1,13 @@
 """How good each image of a batch is; pure and jitted."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqvae_jax.metrics.similarity import ms_ssim, ssim
-
 # Ravishankar and Bresler 2011, section III-A: 15 x 15 pixels, standard deviation 1.5 pixels.
 HFEN_SIZE = 15
 HFEN_SIGMA = 1.5
+HFEN_REACH = HFEN_SIZE // 2
 
 
 @jax.jit
@@ -60,8 +57,8 @@ def hfen(a: jax.Array, b: jax.Array) -> jax.Array:
         a, b = a[..., 0], b[..., 0]
     if a.ndim != 3:
         raise ValueError(f"hfen expects images [N, H, W] or [N, H, W, 1], got {a.shape}")
-    error = _norm_per_image(_laplacian_of_gaussian(a - b))
-    norm = _norm_per_image(_laplacian_of_gaussian(b - b[:, :1, :1]))  # exactly 0 for an image of one value
+    error = _norm_per_image(laplacian_of_gaussian(_mirrored(a - b)))
+    norm = _norm_per_image(laplacian_of_gaussian(_mirrored(b - b[:, :1, :1])))  # exactly 0 for an image of one value
     return jnp.where(norm > 0, error / jnp.where(norm > 0, norm, 1), jnp.nan)
 
 
@@ -77,24 +74,6 @@ def perceptual_distance(features: dict[str, jax.Array], target: dict[str, jax.Ar
       [N] float32, in the unit of the features.
     """
     return jnp.mean(jnp.stack([mae(features[name], target[name]) for name in target]), axis=0)
-
-
-MEASURES = {"ssim": ssim, "psnr": psnr, "mae": mae, "ms_ssim": ms_ssim, "hfen": hfen}
-"""Functions of images and originals [N, H, W] in [0, 1], by the names of what they measure."""
-
-
-def measure(images: np.ndarray, originals: np.ndarray, names: Sequence[str] = tuple(MEASURES)) -> dict[str, np.ndarray]:
-    """Metrics of reconstructions, each on its slice's own grid and in [0, 1] scale.
-
-    Args:
-      images, originals: [N, H, W] in [0, 1].
-      names: some of MEASURES.
-
-    Returns:
-      float32 [N] by name, in the order of ``names``.
-    """
-    found = jax.device_get([MEASURES[name](images, originals) for name in names])  # of a dictionary, it sorts the keys
-    return dict(zip(names, found, strict=True))
 
 
 def _same_shape(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -115,13 +94,16 @@ def _norm_per_image(values: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(values**2, axis=tuple(range(1, values.ndim))))
 
 
-def _laplacian_of_gaussian(images: jax.Array) -> jax.Array:
-    """[N, H, W] -> [N, H, W]."""
-    reach = HFEN_SIZE // 2
-    padded = jnp.pad(images, ((0, 0), (reach, reach), (reach, reach)), mode="symmetric")
+def _mirrored(images: jax.Array) -> jax.Array:
+    """[N, H, W] -> [N, H + 14, W + 14]: mirrored at the border, edge pixels twice."""
+    return jnp.pad(images, ((0, 0), (HFEN_REACH, HFEN_REACH), (HFEN_REACH, HFEN_REACH)), mode="symmetric")
+
+
+def laplacian_of_gaussian(images: jax.Array) -> jax.Array:
+    """[N, H + 14, W + 14] -> [N, H, W]."""
     kernel = jnp.asarray(_laplacian_kernel(), jnp.float32)
     exact = jax.lax.Precision.HIGHEST  # an accelerator's shortened products would not sum to 0
-    return jax.lax.conv_general_dilated(padded[:, None], kernel[None, None], (1, 1), "VALID", precision=exact)[:, 0]
+    return jax.lax.conv_general_dilated(images[:, None], kernel[None, None], (1, 1), "VALID", precision=exact)[:, 0]
 
 
 def _laplacian_kernel() -> np.ndarray:

@@ -35,7 +35,7 @@ def ssim(a: jax.Array, b: jax.Array, *, data_range: float = 1.0) -> jax.Array:
     Reference: Z. Wang, A. C. Bovik, H. R. Sheikh, E. P. Simoncelli, "Image quality assessment: from error
     visibility to structural similarity", IEEE Transactions on Image Processing 13(4), 2004, equation 13.
     """
-    luminance, structure = _similarity_maps(*_images(a, b, "ssim"), data_range)
+    luminance, structure = similarity_maps(*_images(a, b, "ssim"), data_range)
     return jnp.mean(luminance * structure, axis=(1, 2))
 
 
@@ -68,14 +68,14 @@ def ms_ssim(a: jax.Array, b: jax.Array, *, data_range: float = 1.0) -> jax.Array
     the factors are means over the image.
     """
     a, b = _images(a, b, "ms_ssim")
-    weights = MS_SSIM_WEIGHTS[: _scales(min(a.shape[1:]))]
+    weights = MS_SSIM_WEIGHTS[: scales(min(a.shape[1:]))]
     product = jnp.ones(len(a))
     for scale, weight in enumerate(weights, 1):
-        luminance, structure = _similarity_maps(a, b, data_range)
+        luminance, structure = similarity_maps(a, b, data_range)
         if scale == len(weights):
             structure = luminance * structure
-        product *= _power(jnp.mean(structure, axis=(1, 2)), weight / sum(weights))
-        a, b = _halve(a), _halve(b)
+        product *= power(jnp.mean(structure, axis=(1, 2)), weight / sum(weights))
+        a, b = halve(a), halve(b)
     return product
 
 
@@ -96,7 +96,7 @@ def _images(a: jax.Array, b: jax.Array, name: str) -> tuple[jax.Array, jax.Array
     return a, b
 
 
-def _similarity_maps(a: jax.Array, b: jax.Array, data_range: float) -> tuple[jax.Array, jax.Array]:
+def similarity_maps(a: jax.Array, b: jax.Array, data_range: float) -> tuple[jax.Array, jax.Array]:
     """Luminance, and contrast times structure, of every window: two of [N, H - 6, W - 6]."""
     mean_a, mean_b, var_a, var_b, cov = _window_moments(a, b)
     c1 = (SSIM_K1 * data_range) ** 2
@@ -105,20 +105,20 @@ def _similarity_maps(a: jax.Array, b: jax.Array, data_range: float) -> tuple[jax
     return luminance, (2 * cov + c2) / (var_a + var_b + c2)
 
 
-def _scales(side: int) -> int:
+def scales(side: int) -> int:
     """How many scales fit where the shorter side has so many pixels."""
     fitting = [scale for scale in range(len(MS_SSIM_WEIGHTS)) if side >> scale >= SSIM_WINDOW]
     return len(fitting)
 
 
-def _halve(x: jax.Array) -> jax.Array:
+def halve(x: jax.Array) -> jax.Array:
     """Means of 2 x 2 pixels: [N, H, W] -> [N, H // 2, W // 2]."""
     n, height, width = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]
     return x.reshape(n, height // 2, 2, width // 2, 2).mean(axis=(2, 4))
 
 
-def _power(x: jax.Array, exponent: float) -> jax.Array:
+def power(x: jax.Array, exponent: float) -> jax.Array:
     """max(x, 0)^exponent, with gradient 0 where x is not positive (there, x^exponent's is NaN or infinite)."""
     positive = x > 0
     return jnp.where(positive, jnp.where(positive, x, 1) ** exponent, x * 0)
