@@ -9,6 +9,11 @@ import traceback
 from collections.abc import Callable
 from typing import Literal
 
+try:
+    import vqvae_jax  # noqa: F401
+except ImportError as error:  # on a system that is not supported
+    print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+    sys.exit(2)
 import jax
 
 from vqvae_jax.errors import ConfigError, VQVAEError
@@ -43,10 +48,15 @@ def use_platform(platform: Platform) -> None:
 
 def run(main: Callable[[], int]) -> None:
     """Runs a command and exits: 0 if done, 2 with one line on stderr for what its user can mend."""
+    for stream in (sys.stdout, sys.stderr):  # so that no file's name, in no locale, stops a command
+        stream.reconfigure(errors="backslashreplace")
     # What fails in Orbax's threads is raised again where it is waited for, and said in one line there.
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     threading.excepthook = lambda failure: None
+    # A log that a full disk cut short is written once more when Python lets go of it, and fails again.
+    show = sys.unraisablehook
+    sys.unraisablehook = lambda failure: None if isinstance(failure.exc_value, OSError) else show(failure)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is half-made is cleaned up
     try:
         status = main()

@@ -78,6 +78,12 @@ def for_each(names: list[Path], action: Callable[[Path], None]) -> int:
     return status
 
 
+def say_doubt(path: Path, doubt: str) -> None:
+    """Prints a warning about the axis a file was cut along, where there is a doubt."""
+    if doubt:
+        say(f"Warning: {path}: {doubt}; --slice-axis settles it")
+
+
 def say(line: str) -> None:
     """Prints a line above the progress bar."""
     tqdm.tqdm.write(line)

@@ -27,7 +27,7 @@ class Flags:
     checkpoint: Literal["best", "newest"] = "best"
     """The best checkpoint by validation SSIM, or the newest."""
     slice_axis: int | None = None
-    """Axis of a volume's slices; by default the header's, or the one whose voxel spacing stands out."""
+    """Axis of a volume's slices; by default the one in the direction of training's slices."""
     overwrite: bool = False
     """Replace files that are there."""
     platform: _command.Platform = "auto"
@@ -48,6 +48,7 @@ def main() -> int:
         path_out = flags.target / names[name]
         options = {"slice_axis": flags.slice_axis, "overwrite": flags.overwrite, "progress": True}
         made = vqz_files.encode_file(model, flags.source / name, path_out, **options)
+        _files.say_doubt(flags.source / name, made.axis_doubt)
         _files.say(f"{path_out}: {made}")
 
     return _files.for_each(list(names), encode)

@@ -18,8 +18,8 @@ class Flags:
 
     workdir: Path | None = None
     """The run's folder; the newest in runs/ by default."""
-    split: Literal["train", "validation", "test"] = "test"
-    """Which slices."""
+    split: Literal["train", "validation", "test"] | None = None
+    """Which slices; by default the test split, and with --data all images."""
     checkpoint: Literal["best", "newest"] = "best"
     """The best checkpoint by validation SSIM, or the newest."""
     data: str | None = None
@@ -35,15 +35,15 @@ def main() -> int:
     flags = tyro.cli(Flags)
     _command.use_platform(flags.platform)
     run_dir = flags.workdir or runs.newest()
-    print(f"Run: {run_dir}, split {flags.split}, {flags.checkpoint} checkpoint")
+    print(f"Run: {run_dir}, {flags.checkpoint} checkpoint")
     evaluated = evaluate_run(run_dir, flags.split, flags.checkpoint, data=flags.data)
     for line in table.describe(evaluated.evaluation, evaluated.config):
         print(line)
-    print(f"Written: {run_dir / runs.EVAL / flags.split}/ (metrics.json, per_slice.csv, reconstructions.png)")
+    print(f"Written: {evaluated.folder}/ (metrics.json, per_slice.csv, reconstructions.png)")
     if flags.report:
         print(f"Report: {html_report.write(run_dir, flags.split, flags.checkpoint, evaluated)}")
     else:
-        print(f"A page to look at: python scripts/report.py --workdir {run_dir} --split {flags.split}")
+        print("A page to look at: add --report")
     return 0
 
 

@@ -28,7 +28,7 @@ class Flags:
     checkpoint: Literal["best", "newest"] = "best"
     """The best checkpoint by validation SSIM, or the newest."""
     slice_axis: int | None = None
-    """Axis along which volumes are cut into slices; by default the axis of acquisition, from header and voxel sizes."""
+    """Axis of a volume's slices; by default the one in the direction of training's slices."""
     difference: Path | None = None
     """Also write reconstruction less original, as float32: a file, or for a folder a folder."""
     overwrite: bool = False
@@ -57,6 +57,7 @@ def _reconstruct(model: TrainedModel, flags: Flags, name: Path) -> None:
     difference = flags.difference and flags.difference / name
     options = {"slice_axis": flags.slice_axis, "overwrite": flags.overwrite, "difference": difference}
     result = model.reconstruct_nifti(flags.source / name, flags.target / name, progress=True, **options)
+    _files.say_doubt(flags.source / name, result.axis_doubt)
     count, axis = len(result.ssim_per_slice), result.slice_axis
     cut = "one slice" if axis is None else f"{count} slices along axis {axis} ({result.axis_reason})"
     _files.say(f"{flags.target / name}: SSIM {result.ssim:.4f}, PSNR {result.psnr:.2f} dB, {cut}")

@@ -19,8 +19,8 @@ class Flags:
 
     workdir: Path | None = None
     """The run's folder; the newest in runs/ by default."""
-    split: Literal["train", "validation", "test"] = "test"
-    """Which slices."""
+    split: Literal["train", "validation", "test"] | None = None
+    """Which slices; by default the test split, and with --data all images."""
     checkpoint: Literal["best", "newest"] = "best"
     """The best checkpoint by validation SSIM, or the newest."""
     data: str | None = None
@@ -38,7 +38,7 @@ def main() -> int:
         raise ConfigError(f"--slices {flags.slices}: must be at least 1")
     _command.use_platform(flags.platform)
     run_dir = flags.workdir or runs.newest()
-    print(f"Run: {run_dir}, split {flags.split}, {flags.checkpoint} checkpoint")
+    print(f"Run: {run_dir}, {flags.checkpoint} checkpoint")
     evaluated = evaluate_run(run_dir, flags.split, flags.checkpoint, data=flags.data)
     path = html_report.write(run_dir, flags.split, flags.checkpoint, evaluated, flags.slices)
     print(f"Average SSIM: {evaluated.evaluation.mean('ssim'):.4f}")

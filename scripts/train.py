@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +35,7 @@ class Flags:
     config: Annotated[config.Config, tyro.conf.arg(name="")]
 
 
-def _parse() -> tuple[Flags, Path]:
+def _parse() -> tuple[Flags, Path | None]:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset")
     early.add_argument("--workdir", type=Path)
@@ -50,7 +49,7 @@ def _parse() -> tuple[Flags, Path]:
         if preset not in config.PRESETS:
             raise ConfigError(f"--preset {preset}: no such preset; there are {', '.join(config.PRESETS)}")
         base = config.PRESETS[preset]
-        run_dir = known.workdir or runs.RUNS / f"{base.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        run_dir = known.workdir
     flags = tyro.cli(
         Flags,
         default=Flags(config=base),
@@ -71,7 +70,9 @@ def main() -> int:
         raise ConfigError("--coordinator, --num-processes and --process-id need --distributed")
     _command.use_platform(flags.platform)
     say = print if distributed.is_first() else _say_nothing
-    run_dir = Path(distributed.shared(str(run_dir)))  # its default name has the time in it
+    if distributed.is_first():
+        run_dir = run_dir or runs.new(flags.config.preset)
+    run_dir = Path(distributed.shared(str(run_dir)))
     if distributed.shared(config_file.to_json(flags.config)) != config_file.to_json(flags.config):
         raise ConfigError("--distributed: the settings are not those of process 0; give all processes the same flags")
     say(f"Run: {run_dir}")

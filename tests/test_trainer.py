@@ -6,6 +6,7 @@ import os
 import signal
 
 import jax
+import nibabel
 import numpy as np
 import optax
 import pytest
@@ -13,9 +14,10 @@ import pytest
 import vqvae_jax
 from vqvae_jax import metrics, trainer
 from vqvae_jax.config import PRESETS
-from vqvae_jax.data import intensity, loader
-from vqvae_jax.errors import ConfigError, DivergenceError
+from vqvae_jax.data import hip_mri, intensity, loader
+from vqvae_jax.errors import ConfigError, DataError, DivergenceError
 from vqvae_jax.evaluation import evaluator, pictures
+from vqvae_jax.models import vgg_weights
 from vqvae_jax.runtime import runs
 from vqvae_jax.training.checkpoint import Checkpoints
 from vqvae_jax.training.state import create_train_state
@@ -62,6 +64,12 @@ def quietly(line):
     del line
 
 
+def opened(*splits):
+    """Splits of the runs' phantom."""
+    survey = hip_mri.look(tiny().data, (32, 16))
+    return loader.open_splits(survey, tiny().data, (32, 16), splits, quietly)
+
+
 @pytest.fixture(scope="module")
 def whole(place, compile_fast):
     """A run that was trained in one go, and how it ended."""
@@ -101,10 +109,10 @@ def test_the_loss_falls_and_ssim_rises_above_what_a_broken_model_has(whole):
     assert train[-1]["perceptual"] < 0.9 * train[0]["perceptual"]
     assert validation[-1]["ssim"] > validation[0]["ssim"] + 0.1
     assert outcome.evaluation.summary()["ssim"] > MARK
-    training, test = loader.open_splits(tiny().data, (32, 16), ("train", "test"), quietly)
+    training, test = opened("train", "test")
     pixels = np.stack([test[index][..., 0] for index in range(len(test))])
     mean = np.mean([training[index][..., 0] for index in range(len(training))], axis=0)
-    assert metrics.measure(np.broadcast_to(mean, pixels.shape), pixels, ["ssim"])["ssim"].mean() < MARK - 0.05
+    assert metrics.measure([mean] * len(pixels), list(pixels))["ssim"].mean() < MARK - 0.05
 
 
 def stop_after(count, monkeypatch):
@@ -149,7 +157,7 @@ def test_a_run_that_is_stopped_and_resumed_twice_equals_one_in_one_go(place, who
 def test_the_trained_model_encodes_and_decodes_what_evaluation_measured(whole):
     """The same codes, and images of the same SSIM, by way of the codes alone."""
     run, outcome = whole
-    (test,) = loader.open_splits(tiny().data, (32, 16), ["test"], quietly)
+    (test,) = opened("test")
     model = vqvae_jax.load(run)
     counts = np.zeros_like(outcome.evaluation.counts)
     for index, row in enumerate(outcome.evaluation.rows):
@@ -159,7 +167,7 @@ def test_the_trained_model_encodes_and_decodes_what_evaluation_measured(whole):
         assert (decoded == model.reconstruct(sample.intensities, intensity_range=sample.range)).all()
         counts += np.bincount(encoded.indices.ravel(), minlength=len(counts))
         image = intensity.scale(decoded, *sample.range)
-        found = metrics.measure(image[None], sample.pixels[None], ["ssim"])["ssim"][0]
+        found = metrics.measure([image], [sample.pixels])["ssim"][0]
         np.testing.assert_allclose(found, row.ssim, atol=1e-4)
     np.testing.assert_array_equal(counts, outcome.evaluation.counts)
 
@@ -197,6 +205,7 @@ class Watched:
         monkeypatch.setattr(pictures, "draw_reconstructions", lambda path, rows: self.drawn.append((path, rows)))
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_from_the_reconstructions_that_validation_made(place, monkeypatch):
     """8 validation slices are 2 batches of 4 an epoch; the samples are of both, and no slice goes through twice."""
     watched = Watched(monkeypatch)
@@ -204,13 +213,13 @@ def test_samples_are_drawn_from_the_reconstructions_that_validation_made(place, 
     assert len(watched.outputs) == 2 * 2
     samples = [(path, rows) for path, rows in watched.drawn if path.parent.name == runs.SAMPLES]
     assert [path.name for path, _ in samples] == ["epoch_0001.png", "epoch_0002.png"]
-    (validation,) = loader.open_splits(tiny().data, (32, 16), ["validation"], quietly)
+    (validation,) = opened("validation")
     for (_, rows), outputs in zip(samples, np.split(np.concatenate(watched.outputs), 2), strict=True):
         assert len(rows) == 3
         for index, row in zip((0, 3, 7), rows, strict=True):
             np.testing.assert_array_equal(row.reconstruction, outputs[index])
             np.testing.assert_array_equal(row.original, validation[index][..., 0])
-            expected = metrics.measure(row.reconstruction[None], row.original[None], ["ssim"])["ssim"][0]
+            expected = metrics.measure([row.reconstruction], [row.original])["ssim"][0]
             assert row.ssim == pytest.approx(expected, abs=1e-5)
 
 
@@ -232,6 +241,7 @@ def test_a_run_without_a_checkpoint_resumes_from_the_beginning(place):
     assert lines(run, "train")[0]["step"] == STEPS_PER_EPOCH
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(place, monkeypatch):
     make, run, settings = trainer.make_train_step, place / "lost", tiny(epochs=3)
 
@@ -259,6 +269,7 @@ def test_a_run_is_not_resumed_on_other_data(whole):
         trainer.train_and_evaluate(more, whole[0], resume=True, log=quietly)
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_the_first_epoch(place):
     """Training, validation, pictures and checkpoints of later epochs find every program ready."""
     compiled, after_epoch = [], []
@@ -285,6 +296,70 @@ def test_nothing_is_compiled_after_the_first_epoch(place):
         jax.monitoring.unregister_event_duration_listener(note)
     assert after_epoch[0] > 0
     assert after_epoch[1:] == [after_epoch[1]] * 3
+
+
+@pytest.fixture
+def nothing_dear(monkeypatch):
+    """Fails where VGG16's weights are read or fetched, or a data set is built."""
+
+    def dear(*arguments, **options):
+        raise AssertionError("something dear was begun")
+
+    monkeypatch.setattr(vgg_weights, "load", dear)
+    monkeypatch.setattr(hip_mri, "build", dear)
+
+
+def on_files(folder, **training_fields):
+    settings = tiny(**training_fields)
+    return dataclasses.replace(settings, data=dataclasses.replace(settings.data, data=str(folder)))
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A folder of 8 training slices and 4 of each other split."""
+    for split, count in (("train", 8), ("validate", 4), ("test", 4)):
+        for index in range(count):
+            path = tmp_path / f"set/keras_slices_{split}/case_{split}_week_0_slice_{index}.nii"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            voxels = np.random.default_rng(index).integers(0, 900, (32, 16)).astype(np.int16)
+            nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), path)
+    return tmp_path / "set"
+
+
+@pytest.mark.usefixtures("nothing_dear")
+@pytest.mark.parametrize(
+    ("fields", "kind", "reason"),
+    [
+        ({"batch_size": 9}, DataError, "has 8 slices, fewer than one batch of 9; use --batch-size 8 or less"),
+        ({"warmup_steps": 24, "epochs": 12}, ConfigError, "--warmup-steps 24 is not below the 24 steps"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_dear(files, tmp_path, fields, kind, reason):
+    with pytest.raises(kind, match=reason):
+        trainer.train_and_evaluate(on_files(files, **fields), tmp_path / "run", log=quietly)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("nothing_dear")
+def test_a_file_of_four_axes_is_refused_before_anything_dear(files, tmp_path):
+    series = nibabel.Nifti1Image(np.zeros((32, 16, 3, 5), np.int16), np.eye(4))
+    nibabel.save(series, files / "keras_slices_train/case_series_week_0_slice_0.nii.gz")
+    with pytest.raises(DataError, match=r"1 of 17 files cannot be used: .*case_series.*--on-bad-file skip"):
+        trainer.train_and_evaluate(on_files(files), tmp_path / "run", log=quietly)
+
+
+@pytest.mark.usefixtures("nothing_dear")
+@pytest.mark.parametrize(("epochs", "warned"), [(49, True), (50, False)])
+def test_a_training_too_short_to_learn_is_a_warning(files, tmp_path, epochs, warned):
+    """2 steps an epoch; the warning comes before anything dear."""
+    said = []
+    with pytest.raises(AssertionError, match="something dear"):
+        trainer.train_and_evaluate(on_files(files, epochs=epochs), tmp_path / "run", log=said.append)
+    found = [line for line in said if "too few to learn" in line]
+    assert len(found) == warned
+    if warned:
+        assert found[0].startswith("Warning: 98 steps (49 epochs of 2)")
+        assert "--epochs" in found[0] and "--batch-size" in found[0]
 
 
 def test_a_warm_up_without_end_is_refused(place):

@@ -3,6 +3,11 @@
 import importlib
 from typing import Any
 
+try:
+    import fcntl as _fcntl  # noqa: F401  (locks of run folders and of built data sets)
+except ImportError:
+    raise ImportError("vqvae_jax runs on Linux and macOS, and on Windows within WSL; this system is neither") from None
+
 _PUBLIC = {
     "Config": "vqvae_jax.config",
     "PRESETS": "vqvae_jax.config",

@@ -72,6 +72,10 @@ def test_a_file_that_lacks_a_group_is_refused_by_its_name(group):
         ("model", "downsampling", 2),
         ("data", "scale_percentiles", [0.5, "99.5"]),
         ("data", "fit", None),
+        ("data", "nan", "keep"),
+        ("data", "slice_direction", "sideways"),
+        ("data", "slice_axis", 1.0),
+        ("data", "slice_axis", True),
         ("data", "data", 1),
         ("loss", "perceptual_layers", None),
         ("loss", "perceptual_layers", "relu1_1"),
@@ -90,7 +94,7 @@ MAY_CHANGE = {
     ("training", "remat"),
     ("data", "data"),
     ("data", "tfds_dir"),
-    ("data", "memory_limit_gib"),
+    ("data", "cache_limit"),
     ("loss", "vgg_weights"),
 }
 
