@@ -198,6 +198,19 @@ def test_a_header_that_cannot_be_is_refused(change, word):
     assert peak < MEMORY_LIMIT
 
 
+@pytest.mark.parametrize("axes", [0, 8, -1])
+def test_an_impossible_nifti_header_is_refused_although_the_checksum_is_right(axes):
+    file = example()
+    nifti = bytearray(file.encoded.header)
+    nifti[40:42] = struct.pack("<h", axes)  # dim[0]
+    encoded = dataclasses.replace(file.encoded, header=bytes(nifti))
+    content = vqz.to_bytes(dataclasses.replace(file, encoded=encoded))
+    assert struct.unpack("<I", content[-4:])[0] == zlib.crc32(content[:-4])
+    with pytest.raises(DataError, match="damaged header") as caught:
+        vqz.from_bytes(content)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_newer_version_is_named():
     content = vqz.to_bytes(example())
     with pytest.raises(DataError, match="version 2; expected 1"):

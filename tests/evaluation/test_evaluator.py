@@ -1,6 +1,7 @@
 """The evaluator: exact metrics of slices of different sizes, each on its own grid, whatever the batch."""
 
 import collections
+import csv
 import dataclasses
 
 import jax
@@ -194,3 +195,14 @@ def test_ssim_by_the_reference_protocol(reference_flatten):
         np.testing.assert_allclose(ssim, structural_similarity(compared, original, data_range=1), atol=1e-4)
     assert found.summary()["ssim_reference_protocol"] == pytest.approx(np.mean(found.reference))
     assert "SSIM by the reference protocol: " in "".join(table.describe(found, config))
+
+
+def test_a_slice_of_one_value_is_marked_as_empty(setup, tmp_path):
+    config, _, variables = setup
+    records = Records([SIZE, SIZE])
+    records.records[0] |= {"image": np.full(SIZE, 7, np.float32), "range": np.float32([7, 7])}
+    found = Evaluator(config, loader.Slices(records, config.data, SIZE)).run(variables)
+    assert [row.empty for row in found.rows] == [True, False]
+    table.write(found, tmp_path, config)
+    with (tmp_path / "per_slice.csv").open(encoding="utf-8") as file:
+        assert [row["empty"] for row in csv.DictReader(file)] == ["True", "False"]

@@ -166,6 +166,7 @@ def test_the_command_writes_the_page_beside_the_figures(tiny_run):
     assert "by which its best checkpoint was chosen" in page.text
 
 
+@pytest.mark.slow
 def test_a_run_whose_data_lie_in_the_default_place(tmp_path):
     """As the README teaches for HipMRI: no --data, the default preset's recipe (here on small slices)."""
     spec = phantom.PhantomSpec(train_cases=2, validation_cases=1, test_cases=1, slices_per_case=4, size=(32, 16))

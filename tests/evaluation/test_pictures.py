@@ -1,9 +1,12 @@
 """The picture of reconstructions: upright, on a fixed grey scale, differences visible."""
 
+import warnings
+
 import numpy as np
+import pytest
 from matplotlib.image import imread
 
-from vqvae_jax.evaluation.pictures import Row, draw_reconstructions
+from vqvae_jax.evaluation.pictures import Row, _drawable, draw_reconstructions
 
 
 def drawn(tmp_path, original, reconstruction):
@@ -34,3 +37,30 @@ def test_a_difference_is_bright_where_it_is(tmp_path):
     wrong[32:] = 0.25  # right half
     found = halves(drawn(tmp_path, original, wrong))
     assert found[2, 1] > found[2, 0] + 0.3
+
+
+NAMES = {
+    "mathematics": "$\\frac{1$_2^ $x$.nii",
+    "unbalanced": "a$b.nii",
+    "scripts": "患者 مريض пациент ü.nii",
+    "emoji": "🧠.nii",
+    "not text": "\udce4.nii",
+    "control characters": "a\nb\tc\x07.nii",
+    "long": "x" * 250,
+}
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+def test_any_name_is_drawn_without_a_warning(tmp_path, name):
+    image = np.zeros((64, 32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_reconstructions(tmp_path / "picture.png", [Row(image, image, f"slice 1: {name}, slice 0", 0.5)])
+    assert (tmp_path / "picture.png").is_file()
+
+
+def test_what_the_font_lacks_is_escaped_and_a_long_label_keeps_its_ends():
+    assert _drawable("a$b [ü] ж") == "a$b [ü] ж"
+    assert _drawable("患\n") == "\\u60a3\\n"
+    shown = _drawable("worst: " + "x" * 250 + ", slice 7")
+    assert shown.startswith("worst: x") and shown.endswith("x, slice 7") and "..." in shown and len(shown) <= 64

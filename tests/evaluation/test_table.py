@@ -73,3 +73,17 @@ def test_what_is_written_is_what_was_found(tmp_path):
     for row in rows:
         for name, value in dataclasses.asdict(flat).items():
             assert row[name] == str(value)
+
+
+def test_empty_slices_are_counted_apart():
+    """Of one value, so that there is nothing to reconstruct: the means are given with and without them."""
+    empty = dataclasses.replace(ROW, ssim=1, psnr=80, mae=0, ms_ssim=1, empty=True)
+    summary = Evaluation([ROW, empty, ROW, empty], EVEN, 4).summary()
+    assert summary["ssim"] == 0.75 and summary["psnr"] == 50
+    assert summary["empty_slices"] == 2
+    for name in ("ssim", "psnr", "mae", "ms_ssim"):
+        assert summary[f"{name}_without_empty"] == pytest.approx(getattr(ROW, name))
+    said = "\n".join(table.describe(Evaluation([ROW, empty], EVEN, 4), Config()))
+    assert "Without 1 empty slices: SSIM 0.5000" in said
+    for rows in ([ROW], [empty]):
+        assert not [name for name in Evaluation(rows, EVEN, 4).summary() if "empty" in name]

@@ -10,8 +10,8 @@ from conftest import run_script
 from skimage.metrics import structural_similarity
 from skimage.transform import resize
 
-from vqvae_jax.errors import ConfigError, WeightsError
-from vqvae_jax.inference import torch_import
+from vqvae_jax.errors import ConfigError, DataError, WeightsError
+from vqvae_jax.inference import torch_import, trained_model
 from vqvae_jax.runtime import runs
 
 torch = pytest.importorskip("torch")
@@ -59,7 +59,9 @@ def test_widths_are_read_from_the_tensors(imported):
 
 def test_the_published_protocol_gives_what_pytorch_and_scikit_image_give(imported, model, slices, record_property):
     place, _ = imported
-    done = run_script("eval.py", "--workdir", "runs/imported", "--data", "set", "--platform", "cpu", cwd=place)
+    done = run_script(
+        "eval.py", "--workdir", "runs/imported", "--data", "set", "--split", "test", "--platform", "cpu", cwd=place
+    )
     assert done.returncode == 0, done.stderr
     expected = []
     for pixels in slices:
@@ -68,7 +70,7 @@ def test_the_published_protocol_gives_what_pytorch_and_scikit_image_give(importe
         with torch.no_grad():
             output = model(torch.tensor(scored[None, None], dtype=torch.float32))[0][0, 0].numpy()
         expected.append(structural_similarity(output.clip(0, 1), scored.clip(0, 1).astype(np.float32), data_range=1))
-    written = json.loads((place / "runs/imported/eval/test/metrics.json").read_text())
+    written = json.loads((place / "runs/imported/eval/set-test/metrics.json").read_text())
     worst = abs(written["ssim_reference_protocol"] - np.mean(expected))
     record_property("largest difference", float(worst))
     assert worst < 1e-4
@@ -161,3 +163,65 @@ def test_a_tensor_that_is_not_dense_is_refused(tmp_path):
     torch.save({"encoder.conv1.weight": torch.eye(3).to_sparse()}, tmp_path / "wrong.pth")
     with pytest.raises(WeightsError, match=r"encoder\.conv1\.weight cannot be read"):
         torch_import.read_state_dict(tmp_path / "wrong.pth")
+
+
+def prefixed(tensors, prefix):
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+WRAPPED = {
+    "as published": (lambda s: s, []),
+    "DataParallel": (lambda s: prefixed(s, "module."), ["without the prefix 'module.'"]),
+    "compiled": (lambda s: prefixed(s, "_orig_mod."), ["without the prefix '_orig_mod.'"]),
+    "both": (lambda s: prefixed(s, "_orig_mod.module."), ["without the prefix '_orig_mod.module.'"]),
+    "model_state_dict": (lambda s: {"epoch": 3, "model_state_dict": s}, ["under 'model_state_dict'"]),
+    "state_dict": (lambda s: {"state_dict": s, "lr": 0.1}, ["under 'state_dict'"]),
+    "model": (lambda s: {"model": s}, ["under 'model'"]),
+    "two levels down": (lambda s: {"model": {"state_dict": s}}, ["under 'model', under 'state_dict'"]),
+    "all of it": (
+        lambda s: {"state_dict": {"model_state_dict": prefixed(s, "module.")}, "optimizer": {"state": {}}},
+        ["under 'state_dict', under 'model_state_dict', without the prefix 'module.'"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_a_wrapped_state_dict_is_found_and_a_line_says_so(case, model, tmp_path):
+    wrap, words = WRAPPED[case]
+    torch.save(wrap(dict(model.state_dict())), tmp_path / "a.pth")
+    lines = []
+    found = torch_import.read_state_dict(tmp_path / "a.pth", lines.append)
+    assert list(found) == list(model.state_dict())
+    for name, value in model.state_dict().items():
+        np.testing.assert_array_equal(found[name], value.numpy())
+    assert len(lines) == len(words)
+    for line, word in zip(lines, words, strict=True):
+        assert line.startswith(f"{tmp_path / 'a.pth'}: ") and word in line
+
+
+def test_a_state_dict_three_levels_down_is_refused(model, tmp_path):
+    torch.save({"model": {"model": {"model": dict(model.state_dict())}}}, tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match="model is not a tensor but a dict"):
+        torch_import.read_state_dict(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("shape", "images"),
+    [
+        ((20, 30), (1, 20, 30)),
+        ((20, 30, 1), (1, 20, 30)),
+        ((4, 20, 30), (4, 20, 30)),
+        ((4, 20, 30, 1), (4, 20, 30)),
+        ((1, 20, 30, 1), (1, 20, 30)),
+    ],
+)
+def test_the_rule_for_arrays_of_images(shape, images):
+    assert trained_model._three(shape) == images
+
+
+@pytest.mark.parametrize(
+    "shape", [(20, 30, 3), (20, 3, 30), (20, 30, 2, 1), (4, 20, 30, 3), (20,), (0, 20, 30), (1, 1, 20, 30), (20, 1, 1)]
+)
+def test_arrays_that_are_no_images_are_refused(shape):
+    with pytest.raises(DataError, match=r"expected \[H, W\], \[H, W, 1\], \[N, H, W\]"):
+        trained_model._three(shape)

@@ -49,7 +49,7 @@ def smooth(*shape, scale=500, dtype=np.float32):
     return (scale * (1 + np.sin(rows / 5 + phase) * np.cos(columns / 4))).astype(dtype)
 
 
-@pytest.mark.parametrize("shape", [(32, 16), (45, 23), (3, 20, 9), (2, 32, 16, 1), (1, 1)])
+@pytest.mark.parametrize("shape", [(32, 16), (45, 23), (3, 20, 9), (2, 32, 16, 1), (7, 7)])
 def test_any_shape_comes_back_as_float32_of_that_shape(tiny, resizing, shape):
     x = RNG.normal(size=shape)
     for model in (tiny, resizing):
@@ -182,6 +182,16 @@ def test_a_given_range_takes_the_place_of_each_images_percentiles(tiny):
             tiny.encode(x, intensity_range=limits)
 
 
+def test_a_last_axis_of_length_1_is_a_channel(tiny):
+    """[H, W, 1] is one image, not H images of W x 1."""
+    x = smooth(*LARGER)
+    y = tiny.reconstruct(x[..., None])
+    assert y.shape == (*LARGER, 1)
+    np.testing.assert_array_equal(y[..., 0], tiny.reconstruct(x))
+    assert tiny.encode(x[..., None]).indices.shape == (1, 12, 6)
+    np.testing.assert_array_equal(tiny.reconstruct(x[None, ..., None])[0, ..., 0], tiny.reconstruct(x))
+
+
 def with_pixel(value):
     x = np.ones(SIZE)
     x[3, 4] = value
@@ -194,6 +204,8 @@ REFUSED = {
     "five axes": (np.ones((1, 1, 1, 9, 9)), "shape"),
     "no image": (np.ones((0, 9, 9)), "shape"),
     "no pixel": (np.ones((9, 0)), "shape"),
+    "images of one column": (np.ones((20, 16, 1, 1)), r"shape \(20, 16, 1, 1\); expected .*at least 7"),
+    "fewer than 7 rows": (np.ones((6, 20)), "at least 7"),
     "NaN": (with_pixel(np.nan), "1 pixels that are NaN"),
     "inf": (with_pixel(-np.inf), "1 pixels"),
     "beyond float32": (with_pixel(1e39), "1 pixels"),
@@ -385,8 +397,16 @@ def save(path, voxels, spacing=(0.8, 0.8, 3)):
     return path
 
 
+@pytest.fixture(scope="module")
+def undirected(tiny):
+    """A model of which it is not known in what direction its training slices lay."""
+    data = dataclasses.replace(tiny.config.data, slice_direction=None)
+    return TrainedModel(dataclasses.replace(tiny.config, data=data), tiny._variables)
+
+
 @pytest.mark.parametrize("axis", range(3))
-def test_a_volume_goes_slice_by_slice_along_the_axis_of_acquisition(tiny, tmp_path, axis):
+def test_a_volume_goes_slice_by_slice_along_the_axis_of_acquisition(undirected, tmp_path, axis):
+    tiny = undirected
     voxels = np.moveaxis(smooth(4, *LARGER, dtype=np.int16), 0, axis)
     path = save(tmp_path / "in.nii.gz", voxels, np.insert([0.8, 0.8], axis, 3))
     result = tiny.reconstruct_nifti(path, tmp_path / "out.nii.gz", difference=tmp_path / "difference.nii")
@@ -406,6 +426,63 @@ def test_a_volume_goes_slice_by_slice_along_the_axis_of_acquisition(tiny, tmp_pa
     assert result.ssim == pytest.approx(np.mean(result.ssim_per_slice))
 
 
+@pytest.fixture(scope="module")
+def head_foot(tiny):
+    """A model whose training volumes were cut along head-foot, which was their last axis."""
+    data = dataclasses.replace(tiny.config.data, slice_direction="head-foot", slice_axis=2)
+    return TrainedModel(dataclasses.replace(tiny.config, data=data), tiny._variables)
+
+
+@pytest.fixture(scope="module")
+def anatomy():
+    """A volume in the order of training, left-right, front-back, head-foot; its cubic voxels tell nothing."""
+    return nibabel.Nifti1Image(smooth(8, *LARGER, dtype=np.int16).transpose(1, 2, 0).copy(), np.eye(4))
+
+
+@pytest.mark.parametrize("flip", [1, -1])
+@pytest.mark.parametrize("place", range(3))
+def test_a_volume_is_cut_along_the_direction_of_training_however_its_axes_lie(
+    head_foot, anatomy, tmp_path, place, flip
+):
+    """The codes are those of the same volume in the order of training, slice for slice."""
+    nibabel.save(anatomy, tmp_path / "trained.nii")
+    others = [axis for axis in range(3) if axis != place]
+    turned = anatomy.as_reoriented(np.array([[others[0], 1], [others[1], 1], [place, flip]]))
+    assert turned.shape == tuple(np.insert(LARGER, place, 8))
+    nibabel.save(turned, tmp_path / "turned.nii.gz")
+    trained = head_foot.encode_nifti(tmp_path / "trained.nii")
+    found = head_foot.encode_nifti(tmp_path / "turned.nii.gz")
+    assert (found.slice_axis, found.axis_reason, found.axis_doubt) == (place, "head-foot", "")
+    np.testing.assert_array_equal(found.images.indices[::flip], trained.images.indices)
+    head_foot.decode_nifti(found, tmp_path / "out.nii.gz")
+    head_foot.decode_nifti(trained, tmp_path / "out.nii")
+    written, expected = (nibabel.load(tmp_path / name) for name in ("out.nii.gz", "out.nii"))
+    np.testing.assert_array_equal(nibabel.as_closest_canonical(written).get_fdata(), expected.get_fdata())
+
+
+def test_a_direction_between_two_axes_is_the_nearest_axis(head_foot, anatomy, tmp_path):
+    """As of a tilted scan; the axis that was asked for comes first."""
+    tilt = np.deg2rad(30)
+    affine = np.eye(4)
+    affine[1:3, 1:3] = [[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]]
+    turned = nibabel.Nifti1Image(np.asarray(anatomy.dataobj), affine).as_reoriented(np.array([[1, 1], [2, -1], [0, 1]]))
+    nibabel.save(turned, tmp_path / "tilted.nii")
+    assert head_foot.encode_nifti(tmp_path / "tilted.nii").slice_axis == 0
+    asked = head_foot.encode_nifti(tmp_path / "tilted.nii", slice_axis=1)
+    assert (asked.slice_axis, asked.axis_reason, asked.axis_doubt) == (1, "as asked", "")
+
+
+def test_a_header_that_does_not_say_its_directions_is_a_doubt(head_foot, anatomy, tmp_path):
+    path = tmp_path / "lost.nii"
+    nibabel.save(nibabel.Nifti1Image(np.asarray(anatomy.dataobj), None), path)
+    header = nibabel.load(path).header
+    assert header["qform_code"] == header["sform_code"] == 0
+    expected = "the header does not say which axis is head-foot"
+    assert head_foot.encode_nifti(path).axis_doubt == expected
+    assert head_foot.reconstruct_nifti(path, tmp_path / "out.nii").axis_doubt == expected
+    assert head_foot.encode_nifti(path, slice_axis=2).axis_doubt == ""
+
+
 @pytest.mark.parametrize("shape", [(30, 16), (30, 16, 1), (30, 1, 16), (30, 16, 5), (30, 16, 5, 1)])
 def test_codes_of_a_file_decode_to_the_file_that_reconstruct_writes(tiny, tmp_path, shape):
     path = save(tmp_path / "in.nii", RNG.integers(0, 900, shape).astype(np.uint16))
@@ -415,7 +492,8 @@ def test_codes_of_a_file_decode_to_the_file_that_reconstruct_writes(tiny, tmp_pa
     assert nibabel.load(tmp_path / "b.nii").shape == shape
 
 
-def test_codes_with_the_header_of_another_file_are_refused(tiny, tmp_path):
+def test_codes_with_the_header_of_another_file_are_refused(undirected, tmp_path):
+    tiny = undirected
     encoded = tiny.encode_nifti(save(tmp_path / "a.nii", smooth(3, *SIZE), (3, 1, 1)))
     other = tiny.encode_nifti(save(tmp_path / "b.nii", np.moveaxis(smooth(3, *SIZE), 0, 2)))
     with pytest.raises(DataError, match="are not those of a file of shape"):
@@ -455,10 +533,10 @@ def test_refusals_name_the_file_and_leave_nothing(tiny, tmp_path):
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="no real MRI beside the checkout")
 @pytest.mark.parametrize("plane", ["cor", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tra", "sag"))])
-def test_real_volumes_keep_their_geometry(tiny, tmp_path, plane):
+def test_real_volumes_keep_their_geometry(undirected, tmp_path, plane):
     source = REAL_DATA / f"prostatex/volumes/prostatex_0000_t2tse{plane}.nii.gz"
     target = tmp_path / "out.nii.gz"
-    result = tiny.reconstruct_nifti(source, target)
+    result = undirected.reconstruct_nifti(source, target)
     assert result.slice_axis == 2
     before, after = nibabel.load(source), nibabel.load(target)
     assert before.header == after.header

@@ -12,6 +12,7 @@ import vqvae_jax
 from vqvae_jax.coding import entropy, vqz
 from vqvae_jax.errors import DataError
 from vqvae_jax.inference import vqz_files
+from vqvae_jax.inference.trained_model import TrainedModel
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +22,12 @@ def model(tiny_run):
 
 @pytest.fixture
 def volume(tmp_path):
-    """A big-endian volume of 5 slices of 30 x 20 voxels, 3 mm apart along the second axis."""
+    """A big-endian volume of 5 slices of 30 x 20 voxels, 3 mm apart along the second axis, which is head-foot."""
     voxels = np.random.default_rng(0).gamma(2, 200, (30, 5, 20)).astype(">i2")
     header = nibabel.Nifti1Header(endianness=">")
     header.set_data_dtype(voxels.dtype)
-    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([0.5, 3, 0.5, 1]), header), tmp_path / "in.nii.gz")
+    affine = np.diag([0.5, 3, 0.5, 1])[[0, 2, 1, 3]]
+    nibabel.save(nibabel.Nifti1Image(voxels, affine, header), tmp_path / "in.nii.gz")
     return tmp_path / "in.nii.gz"
 
 
@@ -92,6 +94,16 @@ def test_files_are_replaced_only_if_asked(model, volume):
     vqz_files.encode_file(model, volume, stored, overwrite=True)
     vqz_files.decode_file(model, stored, out, overwrite=True)
     assert (stored.read_bytes(), out.read_bytes()) == before
+
+
+def test_a_doubt_about_the_axis_is_handed_on(model, tmp_path):
+    data = dataclasses.replace(model.config.data, slice_direction="head-foot")
+    model = TrainedModel(dataclasses.replace(model.config, data=data), model._variables)
+    voxels = np.random.default_rng(0).integers(0, 900, (20, 20, 3)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(voxels, None), tmp_path / "lost.nii")
+    made = vqz_files.encode_file(model, tmp_path / "lost.nii", tmp_path / "a.vqz")
+    assert made.axis_doubt == "the header does not say which axis is head-foot"
+    assert vqz_files.encode_file(model, tmp_path / "lost.nii", tmp_path / "b.vqz", slice_axis=2).axis_doubt == ""
 
 
 @pytest.mark.parametrize("name", ["out", "out.nii", ".vqz"])

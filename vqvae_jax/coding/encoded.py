@@ -11,7 +11,7 @@ class EncodedImages:
 
     Attributes:
       indices: int32 [N, h, w], the codes.
-      shape: of the array that was encoded: [H, W], [N, H, W] or [N, H, W, 1].
+      shape: of the array that was encoded: [H, W], [H, W, 1], [N, H, W] or [N, H, W, 1].
       ranges: float32 [N, 2], the intensities of each image that became 0 and 1.
     """
 
@@ -28,10 +28,11 @@ class EncodedNifti:
       images: its slices, encoded, of shape [N, H, W].
       header: all that precedes the voxels in the file, byte for byte.
       slice_axis: the axis of the voxels along which they were cut into slices; None for a file that is one slice.
-      axis_reason: why that axis, for people.
+      axis_reason, axis_doubt: why that axis, and what may be wrong with it, for people.
     """
 
     images: EncodedImages
     header: bytes
     slice_axis: int | None
     axis_reason: str = ""
+    axis_doubt: str = ""

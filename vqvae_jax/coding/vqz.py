@@ -17,7 +17,7 @@ import numpy as np
 from vqvae_jax.coding import entropy
 from vqvae_jax.coding.encoded import EncodedImages, EncodedNifti
 from vqvae_jax.data import nifti_write
-from vqvae_jax.data.nifti import MAX_DEFLATE_RATIO, MAX_INTENSITY
+from vqvae_jax.data.nifti import MAX_DEFLATE_RATIO, MAX_INTENSITY, parse_header
 from vqvae_jax.errors import DataError
 from vqvae_jax.runtime.files import write_whole
 
@@ -178,9 +178,10 @@ def _parse(header: dict[str, Any], body: memoryview, size: int) -> VqzFile:
 
 
 def _check_voxels(nifti: bytes, shape: tuple[int, int, int], slice_axis: int | None) -> None:
-    """Raises DataError where these slices are not the voxels of this NIfTI header."""
+    """Raises DataError where this NIfTI header is impossible, or is not that of these slices."""
     count, *expected = shape
     expected.insert(2 if slice_axis is None else slice_axis, count)
+    parse_header(nifti_write.parsed_header(nifti))
     found = nifti_write.stored_shape(nifti)
     if _without_trailing_ones(found) != _without_trailing_ones(expected):
         raise DataError(f"has a damaged header (slices {shape} along axis {slice_axis} of a volume {found})")

@@ -1,11 +1,14 @@
-"""Evaluate a run: its checkpoint and a split in, ``eval/SPLIT/`` out."""
+"""Evaluate a run: its checkpoint and a data set in, a folder below ``eval/`` out."""
 
 import dataclasses
+import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from vqvae_jax.config import Config
-from vqvae_jax.data import loader
+from vqvae_jax.data import hip_mri, loader
+from vqvae_jax.data.splits import SPLITS, WHOLE
 from vqvae_jax.evaluation import pictures, table
 from vqvae_jax.evaluation.evaluator import Evaluator, Pair
 from vqvae_jax.evaluation.table import Evaluation
@@ -21,10 +24,11 @@ PICTURE = "reconstructions.png"
 
 @dataclasses.dataclass(frozen=True)
 class EvaluatedRun:
-    """A run's evaluation, and what reconstructs more of its slices."""
+    """A run's evaluation, the folder with its results, and what reconstructs more of its slices."""
 
     config: Config
     evaluation: Evaluation
+    folder: Path
     evaluator: Evaluator
     variables: Variables
 
@@ -35,17 +39,17 @@ class EvaluatedRun:
 
 def evaluate_run(
     run_dir: Path,
-    split: str = "test",
+    split: str | None = None,
     which: checkpoint.Which = "best",
     *,
     data: str | None = None,
     log: Callable[[str], None] = print,
 ) -> EvaluatedRun:
-    """Evaluates a run's checkpoint on a split of its data set and writes ``eval/SPLIT/`` into the run.
+    """Evaluates a run's checkpoint and writes ``eval/SPLIT/`` into the run, or ``eval/NAME-OF-DATA/`` for other data.
 
     Args:
       run_dir: a folder that training wrote.
-      split: train, validation or test.
+      split: train, validation or test. By default the test split of the run's own data, and all images of others.
       which: the best checkpoint by validation SSIM, or the newest.
       data: other files to evaluate on than those of the run.
       log: is given lines for people.
@@ -58,29 +62,55 @@ def evaluate_run(
     trained = vgg_weights.on_hand(loss.vgg_weights, *loss.perceptual_layers) if loss.perceptual_weight else None
     evaluator = Evaluator(config, slices, trained)
     evaluation = evaluator.run(variables, reference_protocol=True)
-    evaluated = EvaluatedRun(config, evaluation, evaluator, variables)
-    _write_results(evaluated, run_dir / runs.EVAL / split)
+    folder = _results_folder(run_dir, config, split, data)
+    evaluated = EvaluatedRun(config, evaluation, folder, evaluator, variables)
+    _write_results(evaluated)
     return evaluated
 
 
 def open_run(
     run_dir: Path,
-    split: str = "test",
+    split: str | None = None,
     which: checkpoint.Which = "best",
     *,
     data: str | None = None,
     log: Callable[[str], None] = print,
 ) -> tuple[Config, Variables, loader.Slices]:
-    """What an `Evaluator` needs of a run: its configuration, its variables on every device, and the split.
+    """What an `Evaluator` needs of a run: its configuration, its variables on every device, and the slices.
 
     The arguments and the errors are those of `evaluate_run`.
     """
     config = runs.load_config(run_dir)
     if data is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, data=data))
+        # Of other files, the axis of training's says nothing where the direction is known.
+        axis = None if config.data.slice_direction else config.data.slice_axis
+        place = data if data == hip_mri.PHANTOM else os.path.abspath(data)
+        other = dataclasses.replace(config.data, data=place, slice_axis=axis, case_pattern=None)
+        config = dataclasses.replace(config, data=other)
+    elif split is None:
+        split = "test"
+    with distributed.first_alone():
+        survey = hip_mri.look(config.data, config.model.image_size, divide=split is not None)
+    for line in survey.summary():
+        log(line)
     variables = replicate(checkpoint.load_variables(run_dir, config, which))
-    (slices,) = loader.open_splits(config.data, config.model.image_size, [split], log)
+    (slices,) = loader.open_splits(survey, config.data, config.model.image_size, [split or WHOLE], log)
     return config, variables, slices
+
+
+def _results_folder(run_dir: Path, config: Config, split: str | None, data: str | None) -> Path:
+    """``eval/SPLIT`` for the run's own data; for others, a folder by their name that holds no results of yet others."""
+    if data is None:
+        return run_dir / runs.EVAL / (split or "test")
+    name = hip_mri.name_of(config.data).split(".")[0] or "data"
+    if name in (*SPLITS, WHOLE):
+        name = f"data-{name}"
+    name = f"{name}-{split}" if split else name
+    for number in itertools.count(1):
+        folder = run_dir / runs.EVAL / (name if number == 1 else f"{name}-{number}")
+        if table.data_of(folder) in (None, config.data.data):
+            return folder
+    raise AssertionError("the numbers do not end")
 
 
 def chosen_slices(order: Sequence[int]) -> list[tuple[int, str]]:
@@ -102,10 +132,10 @@ def draw(path: Path, evaluation: Evaluation, pairs: Iterable[Pair], labels: Sequ
         pictures.draw_reconstructions(path, rows)
 
 
-def _write_results(evaluated: EvaluatedRun, folder: Path) -> None:
+def _write_results(evaluated: EvaluatedRun) -> None:
     """Writes metrics.json, per_slice.csv and the picture, from the first process; all must call it."""
     evaluation = evaluated.evaluation
     if distributed.is_first():
-        table.write(evaluation, folder, evaluated.config)
+        table.write(evaluation, evaluated.folder, evaluated.config)
     indices, labels = zip(*chosen_slices(evaluation.order()), strict=True)
-    draw(folder / PICTURE, evaluation, evaluated.reconstruct(indices), labels)
+    draw(evaluated.folder / PICTURE, evaluation, evaluated.reconstruct(indices), labels)

@@ -1,7 +1,6 @@
 """A split in, metrics out: each slice reconstructed, brought back to its own grid, and measured there."""
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import jax
@@ -55,7 +54,6 @@ class Evaluator:
         rows: dict[int, SliceMetrics] = {}
         reference_ssim: dict[int, float] = {}
         kept: dict[int, Pair] = {}
-        waiting: dict[tuple[int, ...], list[Pair]] = defaultdict(list)
         for batch in self._batches():
             images, of_codes = self._reconstruct(variables, batch.images, batch.mask)
             counts += of_codes
@@ -65,13 +63,7 @@ class Evaluator:
             for pair in pairs:
                 if pair[0].index in keep:
                     kept[pair[0].index] = pair
-                same_shape = waiting[pair[1].shape]
-                same_shape.append(pair)
-                if len(same_shape) == self._batch_size:
-                    rows.update(self._measure(same_shape))
-                    same_shape.clear()
-        for same_shape in filter(None, waiting.values()):
-            rows.update(self._measure(same_shape))
+            rows.update(self._measure(pairs))
         rows, reference_ssim, kept = map(distributed.gathered, (rows, reference_ssim, kept))
         return Evaluation(
             [rows[index] for index in sorted(rows)],
@@ -130,12 +122,12 @@ class Evaluator:
         return {sample.index: float(ssim) for (sample, _), ssim in zip(pairs, found, strict=False)}
 
     def _measure(self, pairs: list[Pair]) -> Iterator[tuple[int, SliceMetrics]]:
-        """Metrics of slices of one shape, at one compiled batch size."""
-        filled = [*pairs, *[pairs[0]] * (self._batch_size - len(pairs))]
-        found = metrics.measure(np.stack([own for _, own in filled]), np.stack([sample.pixels for sample, _ in filled]))
+        """Metrics of slices, by index."""
+        found = metrics.measure([own for _, own in pairs], [sample.pixels for sample, _ in pairs])
         for row, (sample, own) in enumerate(pairs):
             measured = {name: float(values[row]) for name, values in found.items()}
             measured["perceptual"] = self._perceptual(own, sample.pixels)
+            measured["empty"] = bool(np.ptp(sample.pixels) == 0)
             yield sample.index, SliceMetrics(sample.file, sample.case, sample.slice, *own.shape, **measured)
 
 

@@ -76,12 +76,12 @@ class _Figure:
     meaning: str
 
 
-def write(run_dir: Path, split: str, which: str, evaluated: EvaluatedRun, limit: int = SHOWN) -> Path:
-    """Writes ``eval/SPLIT/report.html`` of an evaluated run from the first process; all must call it.
+def write(run_dir: Path, split: str | None, which: str, evaluated: EvaluatedRun, limit: int = SHOWN) -> Path:
+    """Writes report.html beside the results of an evaluated run, from the first process; all must call it.
 
     Args:
       run_dir: the run's folder, whose metrics.jsonl gives the curves; without one, the page has none.
-      split: train, validation or test.
+      split: train, validation or test; None for all images of other data.
       which: which checkpoint was evaluated.
       evaluated: what `evaluate.evaluate_run` returned.
       limit: the most slices to show.
@@ -98,10 +98,10 @@ def write(run_dir: Path, split: str, which: str, evaluated: EvaluatedRun, limit:
     history = read_history(run_dir / runs.METRICS)
     # Of other files, or a model that was trained elsewhere, the split's name says nothing.
     known = history and config.data.data == runs.load_config(run_dir).data.data
-    seen = _SPLITS[split] if known else ""
-    about = About(run_dir.resolve().name, split, table.protocol(config), _facts(config, which), seen)
+    seen = _SPLITS[split] if known and split else ""
+    about = About(run_dir.resolve().name, evaluated.folder.name, table.protocol(config), _facts(config, which), seen)
     text = render(about, evaluated.evaluation, history, shown)
-    path = run_dir / runs.EVAL / split / REPORT
+    path = evaluated.folder / REPORT
     if distributed.is_first():
         write_whole(path, text)
     return path

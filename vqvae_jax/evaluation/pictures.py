@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -16,6 +17,9 @@ DIFFERENCE_LIMIT = 0.25
 _ROW_INCHES = 1.9
 _PANEL_INCHES = 3.4
 _DPI = 100
+_FONT_SIZE = 7
+_LONGEST_LABEL = 64
+"""Characters that have room above a panel."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +43,27 @@ def draw_reconstructions(path: Path, rows: Sequence[Row]) -> None:
     for line, row in zip(axes, rows, strict=True):
         difference = np.abs(row.reconstruction - row.original)
         line[0].imshow(row.original.T, cmap="gray", vmin=0, vmax=1)
-        line[0].set_title(row.label, fontsize=7)
+        line[0].set_title(_drawable(row.label), fontsize=_FONT_SIZE, parse_math=False)
         line[1].imshow(row.reconstruction.T, cmap="gray", vmin=0, vmax=1)
-        line[1].set_title(f"reconstruction, SSIM {row.ssim:.4f}", fontsize=7)
+        line[1].set_title(f"reconstruction, SSIM {row.ssim:.4f}", fontsize=_FONT_SIZE)
         line[2].imshow(difference.T, cmap="magma", vmin=0, vmax=DIFFERENCE_LIMIT)
-        line[2].set_title(f"absolute difference, mean {difference.mean():.4f}, white {DIFFERENCE_LIMIT}", fontsize=7)
+        line[2].set_title(
+            f"absolute difference, mean {difference.mean():.4f}, white {DIFFERENCE_LIMIT}", fontsize=_FONT_SIZE
+        )
     for panel in axes.flat:
         panel.set_axis_off()
     png = io.BytesIO()
     figure.savefig(png, dpi=_DPI)
     write_whole(path, png.getvalue())
+
+
+def _drawable(text: str) -> str:
+    """A text that can be drawn: characters that the font lacks are escaped, the middle of a long one left out."""
+    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    drawn = "".join(c if c.isprintable() and font.get_char_index(ord(c)) else _escaped(c) for c in text)
+    half = (_LONGEST_LABEL - 3) // 2
+    return drawn if len(drawn) <= _LONGEST_LABEL else f"{drawn[:half]}...{drawn[-half:]}"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")

@@ -15,13 +15,15 @@ from vqvae_jax.config import Config
 from vqvae_jax.data.loader import Sample
 from vqvae_jax.runtime.files import write_whole
 
+METRICS = "metrics.json"
+
 
 @dataclasses.dataclass(frozen=True)
 class SliceMetrics:
     """Metrics of one slice in [0, 1] scale on its own grid of ``height`` x ``width`` pixels.
 
     NaN: ``hfen`` where the slice is of one value; ``perceptual`` without trained VGG16 weights, or where the slice
-    is too small for them.
+    is too small for them. ``empty``: the slice is of one value, so that there is nothing to reconstruct.
     """
 
     file: str
@@ -34,6 +36,7 @@ class SliceMetrics:
     mae: float
     ms_ssim: float
     hfen: float
+    empty: bool = False
     perceptual: float = math.nan
 
 
@@ -58,6 +61,14 @@ class Evaluation:
     def mean(self, name: str) -> float:
         """Mean of a metric over the slices."""
         return float(np.mean([getattr(row, name) for row in self.rows]))
+
+    def without_empty(self) -> dict[str, float]:
+        """How many slices are empty, and the means over the others; nothing where none is empty, or all are."""
+        filled = dataclasses.replace(self, rows=[row for row in self.rows if not row.empty])
+        if len(filled.rows) in (0, len(self.rows)):
+            return {}
+        means = {f"{name}_without_empty": filled.mean(name) for name in ("ssim", "psnr", "mae", "ms_ssim")}
+        return {"empty_slices": len(self.rows) - len(filled.rows), **means}
 
     def mean_of_measured(self, name: str) -> float:
         """Mean of a metric over the slices that have it; NaN if none has."""
@@ -95,6 +106,7 @@ class Evaluation:
             "codebook_usage": float(metrics.codebook_usage(self.counts)),
             "bits_per_pixel": codes_per_pixel * math.log2(len(self.counts)),
             "bits_per_pixel_entropy": codes_per_pixel * float(metrics.code_entropy(self.counts)),
+            **self.without_empty(),
             **reference,
         }
 
@@ -123,6 +135,11 @@ def describe(evaluation: Evaluation, config: Config) -> Iterator[str]:
         f"by the codes' entropy: {summary['bits_per_pixel_entropy']:.4f}"
     )
     yield f"{summary['slices']} slices. {protocol(config)}."
+    if "empty_slices" in summary:
+        yield (
+            f"Without {summary['empty_slices']} empty slices: SSIM {summary['ssim_without_empty']:.4f}, MS-SSIM "
+            f"{summary['ms_ssim_without_empty']:.4f}, PSNR {summary['psnr_without_empty']:.2f} dB"
+        )
     if "ssim_reference_protocol" in summary:
         yield (
             f"SSIM by the reference protocol: {summary['ssim_reference_protocol']:.4f} (z-scored, clipped to [0, 1], "
@@ -130,10 +147,19 @@ def describe(evaluation: Evaluation, config: Config) -> Iterator[str]:
         )
 
 
+def data_of(folder: Path) -> str | None:
+    """The data set whose results lie in a folder; None where there are none."""
+    try:
+        return json.loads((folder / METRICS).read_text(encoding="utf-8"))["data"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 def write(evaluation: Evaluation, folder: Path, config: Config) -> None:
     """Writes metrics.json and per_slice.csv."""
     summary = {name: value if math.isfinite(value) else None for name, value in evaluation.summary().items()}
-    write_whole(folder / "metrics.json", json.dumps(summary | {"protocol": protocol(config)}, indent=2) + "\n")
+    about = {"data": config.data.data, "protocol": protocol(config)}
+    write_whole(folder / METRICS, json.dumps(summary | about, indent=2) + "\n")
     rows = [dataclasses.asdict(row) for row in evaluation.rows]
     for row, ssim in zip(rows, evaluation.reference, strict=False):
         row["ssim_reference_protocol"] = ssim

@@ -3,7 +3,7 @@
 import dataclasses
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ _NORM = {
     "running_var": ("batch_stats", "var"),
 }
 _IGNORED = "num_batches_tracked"
+_WRAPPERS = ("model_state_dict", "state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +50,11 @@ class _Tensor:
         return value.reshape(()) if self.kind == "scalar" else value
 
 
-def read_state_dict(path: Path) -> dict[str, np.ndarray]:
+def read_state_dict(path: Path, log: Callable[[str], None] = print) -> dict[str, np.ndarray]:
     """The tensors of a file written by ``torch.save(model.state_dict(), path)``, as float32 arrays.
+
+    A state dict up to two levels down (``model_state_dict``, ``state_dict``, ``model``) is found, and the prefixes of
+    wrapped models (``module.``, ``_orig_mod.``) are taken off; ``log`` is given a line that says so.
 
     Raises:
       WeightsError: PyTorch is missing, or the file is absent, no checkpoint, or holds more than tensors.
@@ -70,12 +75,38 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
             f"{path}: not a PyTorch checkpoint of tensors alone ({reason}); save it with "
             "torch.save(model.state_dict(), path)"
         ) from error
-    if not isinstance(found, dict) or not found:
+    tensors, how = _state_dict(found)
+    if not tensors:
         raise WeightsError(f"{path}: holds a {type(found).__name__}, not a state dict")
-    for key, value in found.items():
+    for key, value in tensors.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise WeightsError(f"{path}: {key} is not a tensor but a {type(value).__name__}; not a state dict")
-    return {key: _to_numpy(key, value, path) for key, value in found.items()}
+    prefix = _common_prefix(tensors)
+    if prefix:
+        how.append(f"without the prefix {prefix!r} of every name")
+    if how:
+        log(f"{path}: reading the state dict {', '.join(how)}")
+    return {key.removeprefix(prefix): _to_numpy(key, value, path) for key, value in tensors.items()}
+
+
+def _state_dict(found: Any) -> tuple[dict, list[str]]:
+    """The state dict in what a file holds, up to two levels down, and where it was, for people."""
+    where: list[str] = []
+    for _ in range(2):
+        name = next((name for name in _WRAPPERS if isinstance(found, dict) and isinstance(found.get(name), dict)), None)
+        if name is None:
+            break
+        found = found[name]
+        where.append(f"under {name!r}")
+    return (found if isinstance(found, dict) else {}), where
+
+
+def _common_prefix(names: Iterable[str]) -> str:
+    """What wrappers of models, such as DataParallel and torch.compile, put before every name."""
+    names, prefix = list(names), ""
+    while step := next((p for p in _PREFIXES if all(name.startswith(prefix + p) for name in names)), ""):
+        prefix += step
+    return prefix
 
 
 def _to_numpy(key: str, value: Any, path: Path) -> np.ndarray:
@@ -139,17 +170,17 @@ def import_run(path: Path, run_dir: Path) -> Config:
       ConfigError: ``run_dir`` holds a run already, or cannot be written.
     """
     config, variables = convert(read_state_dict(path), path)
-    runs.claim(run_dir, resume=False)
-    state = create_train_state(config, steps_per_epoch=1)
-    params = variables.pop("params")
-    _check_structure(state.params, params)
-    checkpoints = Checkpoints(run_dir)
-    try:
-        checkpoints.save(state.replace(params=params, model_state=variables), Progress(), None)
-        checkpoints.wait()
-    finally:
-        checkpoints.close()
-    runs.save_config(run_dir, config)
+    with runs.claimed(run_dir, resume=False):
+        state = create_train_state(config, steps_per_epoch=1)
+        params = variables.pop("params")
+        _check_structure(state.params, params)
+        checkpoints = Checkpoints(run_dir)
+        try:
+            checkpoints.save(state.replace(params=params, model_state=variables), Progress(), None)
+            checkpoints.wait()
+        finally:
+            checkpoints.close()
+        runs.save_config(run_dir, config)
     return config
 
 

@@ -39,13 +39,14 @@ class NiftiResult:
     """How well a file was reconstructed: SSIM and PSNR (dB) of each slice, in [0, 1] scale as evaluation takes them:
     of the model's image, before it is rounded to the file's number type.
 
-    ``slice_axis`` and ``axis_reason`` are those of ``EncodedNifti``.
+    ``slice_axis``, ``axis_reason`` and ``axis_doubt`` are those of ``EncodedNifti``.
     """
 
     ssim_per_slice: np.ndarray
     psnr_per_slice: np.ndarray
     slice_axis: int | None
     axis_reason: str
+    axis_doubt: str = ""
 
     @property
     def ssim(self) -> float:
@@ -130,7 +131,7 @@ class TrainedModel:
         """What the model makes of images: ``decode(encode(x))``, bit for bit.
 
         Args:
-          x: [H, W], [N, H, W] or [N, H, W, 1] of any real type.
+          x: [H, W], [H, W, 1], [N, H, W] or [N, H, W, 1] of any real type.
           intensity_range: the intensities that become 0 and 1; by default percentiles of each image.
           progress: show a progress bar where it takes long.
 
@@ -177,8 +178,8 @@ class TrainedModel:
 
         Args:
           path: a ``.nii`` or ``.nii.gz`` file.
-          slice_axis: axis of the slices of a volume. By default what the header's ``dim_info`` names, else the axis
-            whose voxel spacing stands out, else the one the run was trained on.
+          slice_axis: axis of the slices of a volume. By default the one in the anatomical direction of training's;
+            where that is not known, what the header's ``dim_info`` names, else the one whose spacing stands out.
           progress: show a progress bar where it takes long.
 
         Raises:
@@ -234,21 +235,29 @@ class TrainedModel:
         if difference is not None:
             header = nifti_write.float32_header(encoded.header)
             nifti_write.write(Path(difference), _stacked(images - originals, encoded), header, overwrite=overwrite)
-        return NiftiResult(ssim, psnr, encoded.slice_axis, encoded.axis_reason)
+        return NiftiResult(ssim, psnr, encoded.slice_axis, encoded.axis_reason, encoded.axis_doubt)
 
     def _encode_nifti(self, path: Path, slice_axis: int | None, progress: bool) -> tuple[EncodedNifti, np.ndarray]:
         """The file's codes, and its slices [N, H, W]."""
         try:
-            volume = nifti.read(path)
+            volume = nifti.read(path, nan=self.config.data.nan)
             nifti_write.check_writable(volume.header)
-            axis, reason = slice_axes.choose(volume, slice_axis, self.config.data.slice_axis)
-            images = np.stack([piece.pixels for piece in nifti.slices(volume, -1 if axis is None else axis)])
+            cut = self._cut(volume, slice_axis)
+            images = np.stack([piece.pixels for piece in nifti.slices(volume, -1 if cut.axis is None else cut.axis)])
         except DataError as error:
             raise DataError(f"{path} {error}") from error
         limits = [intensity.intensity_range(volume.voxels, self.config.data.scale_percentiles)] * len(images)
         indices = self._indices(images, limits, progress)
         encoded = EncodedImages(indices, images.shape, np.array(limits, np.float32))
-        return EncodedNifti(encoded, volume.header, axis, reason), images
+        return EncodedNifti(encoded, volume.header, cut.axis, cut.reason, cut.doubt), images
+
+    def _cut(self, volume: nifti.Volume, asked: int | None) -> slice_axes.Cut:
+        """How a file is cut into slices: as asked, else along the direction of training, else by its header."""
+        trained = self.config.data
+        header = nifti.parse_header(nifti.header_of(volume.header))
+        if asked is None and trained.slice_direction is None:
+            asked = trained.slice_axis
+        return slice_axes.choose(header, asked, trained.slice_direction)
 
     def _indices(self, images: np.ndarray, limits: list[tuple[float, float]], progress: bool) -> np.ndarray:
         """Indices [N, h, w] of images [N, H, W]."""
@@ -308,11 +317,12 @@ def _stacked(images: np.ndarray, encoded: EncodedNifti) -> np.ndarray:
 
 def _similarities(images: np.ndarray, originals: np.ndarray, ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """SSIM and PSNR of each slice in [0, 1] scale."""
-    found = []
-    for image, original, (low, high) in zip(images, originals, ranges.astype(float), strict=True):
-        scaled = (intensity.scale(x, low, high)[None] for x in (image, original))
-        found.append([float(value[0]) for value in metrics.measure(*scaled, ("ssim", "psnr")).values()])
-    return tuple(np.array(found).T)
+    scaled = [
+        [intensity.scale(x, low, high) for x, (low, high) in zip(arrays, ranges.astype(float), strict=True)]
+        for arrays in (images, originals)
+    ]
+    found = metrics.measure(*scaled)
+    return found["ssim"], found["psnr"]
 
 
 def _images_at_once(grid: tuple[int, int]) -> int:
@@ -333,12 +343,16 @@ def _batches(count: int, size: int, label: str, progress: bool) -> Iterator[rang
 
 def _three(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """N, H, W of an array of images. Raises DataError where it is none."""
+    given = tuple(shape)
+    if len(shape) in (3, 4) and shape[-1] == 1:  # the channel: an image is never one pixel wide
+        shape = shape[:-1]
     if len(shape) == 2:
         shape = (1, *shape)
-    elif len(shape) == 4 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) != 3 or 0 in shape:
-        raise DataError(f"images of shape {tuple(shape)}; expected [H, W], [N, H, W] or [N, H, W, 1], none of them 0")
+    if len(shape) != 3 or 0 in shape or min(shape[1:]) < nifti.MIN_SIDE:
+        raise DataError(
+            f"images of shape {given}; expected [H, W], [H, W, 1], [N, H, W] or [N, H, W, 1], with N at least 1, and H "
+            f"and W at least {nifti.MIN_SIDE}"
+        )
     return tuple(map(int, shape))
 
 

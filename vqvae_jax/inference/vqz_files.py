@@ -25,6 +25,7 @@ class Compression:
     voxels: int
     slice_axis: int | None
     axis_reason: str
+    axis_doubt: str = ""
 
     @property
     def bits_per_pixel(self) -> float:
@@ -71,6 +72,7 @@ def encode_file(
         voxels=math.prod(encoded.images.shape),
         slice_axis=encoded.slice_axis,
         axis_reason=encoded.axis_reason,
+        axis_doubt=encoded.axis_doubt,
     )
 
 
