@@ -116,7 +116,7 @@ def curves(
                     files = list(pool.map(lambda x, c=codec, s=setting: c.encode(x, s), _to_levels(originals)))
                     decoded = np.stack(list(pool.map(decode, files))).astype(np.float32) / 255
                     point["bits"] += [8 * len(file) for file in files]
-                    for metric, values in metrics.measure(decoded, originals, ("ssim", "psnr")).items():
+                    for metric, values in metrics.measure(decoded, originals).items():
                         point[metric] += values.tolist()
                     point["perceptual"] += distances(decoded)
                     bar.update()

@@ -44,13 +44,13 @@ class Quantizer(torch_reference.VectorQuantizer):
 def reference(config: ModelConfig, *, channels_last: bool = False) -> torch_reference.VQVAE:
     """The reference model of ``config``'s widths; ``channels_last`` cuts latents into vectors as this package does."""
     sizes = {"hidden": config.hidden_channels, "dim": config.embedding_dim, "codes": config.num_embeddings}
-    return torch_reference.VQVAE(**sizes, commitment=config.commitment_cost, channels_last=channels_last)
+    return torch_reference.VQVAE(**sizes, channels_last=channels_last)
 
 
 def fast_reference(config: ModelConfig) -> torch_reference.VQVAE:
     """``reference`` with channels last and this module's quantizer."""
     model = reference(config, channels_last=True)
-    model.quantizer = Quantizer(config.num_embeddings, config.embedding_dim, config.commitment_cost, True)
+    model.quantizer = Quantizer(config.num_embeddings, config.embedding_dim, model.quantizer.commitment, True)
     return model
 
 

@@ -25,7 +25,9 @@ import nibabel
 import numpy as np
 from skimage.transform import resize
 
-from vqvae_jax.data import nifti, source, splits
+from vqvae_jax.config import DataConfig
+from vqvae_jax.data import nifti, splits
+from vqvae_jax.data.survey import Survey
 from vqvae_jax.errors import ConfigError
 
 COSINE = ("--schedule", "cosine", "--warmup-steps", "20")
@@ -91,28 +93,26 @@ def copy_slices(data: Path, folder: Path, factor: int, test_case: str | None = N
     Raises:
       ConfigError: ``data`` holds volumes, no slices of ``test_case``, or none of a split without it.
     """
-    files = source.Source(data)
-    split_of = {entry: entry.split for entry in files.entries}
+    survey = Survey(data, DataConfig())
+    split_of = {image.name: image.split for image in survey.images}
     if test_case is not None:
-        for entry, split in split_of.items():
-            if entry.case == test_case:
-                split_of[entry] = "test"
-            elif split == "test":
-                split_of[entry] = "train"
-        cases = sorted({entry.case for entry in files.entries})
+        for image in survey.images:
+            if image.case == test_case:
+                split_of[image.name] = "test"
+            elif image.split == "test":
+                split_of[image.name] = "train"
+        cases = sorted({image.case for image in survey.images})
         if test_case not in cases:
             raise ConfigError(f"--test-case {test_case}: {data} has none of that patient, only {', '.join(cases)}")
         if empty := set(splits.SPLITS) - set(split_of.values()):
             raise ConfigError(f"--test-case {test_case}: leaves no slices for {min(empty)}; test on another patient")
-    targets = {
-        entry: folder / splits.SPLIT_FOLDERS[split] / entry.name.replace("/", "_") for entry, split in split_of.items()
-    }
-    for entry, target in targets.items():
+    for image in survey.images:
+        target = folder / splits.SPLIT_FOLDERS[split_of[image.name]] / image.name.replace("/", "_")
         if target.exists():
             continue
-        piece, *others = nifti.slices(files.read(entry))
+        piece, *others = nifti.slices(survey.read(image))
         if others:
-            raise ConfigError(f"{data}: expected 2-D slices, but {entry.name} is a volume")
+            raise ConfigError(f"{data}: expected 2-D slices, but {image.name} is a volume")
         size = [side // factor for side in piece.pixels.shape]
         pixels = resize(piece.pixels, size, order=1, anti_aliasing=True, preserve_range=True)
         target.parent.mkdir(parents=True, exist_ok=True)

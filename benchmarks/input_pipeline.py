@@ -3,13 +3,14 @@
     python benchmarks/input_pipeline.py [--files 2048]
 
 A synthetic set in the HipMRI layout (int16 .nii.gz slices) is written to a temporary folder and built; then
-TrainLoader is read for whole epochs, with the slices kept in memory and with a limit of 0, so that they stream.
+TrainLoader is read for whole epochs, with the slices kept in memory, and with none kept, so that they stream.
 """
 
 import dataclasses
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import _measure
 import nibabel
@@ -21,7 +22,8 @@ from vqvae_jax.data import hip_mri, loader
 HIPMRI_FILES = 11_460
 HELD_OUT = 4
 """Slices each of validation and test, which are not measured."""
-WAYS = {"in memory": DataConfig().memory_limit_gib, "streaming": 0.0}
+WAYS = {"in memory": loader._kept_bytes, "streaming": lambda: 0}
+"""By name, the most bytes of slices that are kept."""
 
 
 def write_files(root: Path, count: int, size: tuple[int, int]) -> None:
@@ -54,11 +56,11 @@ def measure(flags) -> None:
     with tempfile.TemporaryDirectory() as built:
         config = dataclasses.replace(config, tfds_dir=built)
         begin = time.perf_counter()
-        builder = hip_mri.prepare(config, size, log=lambda line: None)
+        builder = hip_mri.build(hip_mri.look(config, size), config, log=lambda line: None)
         values["files/s"] = flags.files / (time.perf_counter() - begin)
-        for way, limit in WAYS.items():
-            limited = dataclasses.replace(config, memory_limit_gib=limit)
-            slices = loader.Slices(builder.as_data_source(split="train"), limited, size)
+        for way, most in WAYS.items():
+            with mock.patch.object(loader, "_kept_bytes", most):
+                slices = loader.Slices(builder.as_data_source(split="train"), config, size)
             batches = loader.TrainLoader(slices, flags.batch_size, seed=0)
             read = batches.steps_per_epoch * flags.batch_size
             values[f"{way}, first epoch"] = read / epoch_seconds(batches)

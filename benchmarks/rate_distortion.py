@@ -60,7 +60,7 @@ class Run:
 
 def evaluate(run_dir: Path, name: str, data: str | None, vgg_variables: Variables | None) -> Run:
     """Metrics of a run's best checkpoint on its test split, or on that of ``data``. Writes nothing into the run."""
-    config, variables, slices = open_run(run_dir, data=data)
+    config, variables, slices = open_run(run_dir, "test", data=data)
     # One definition of the perceptual distance for all, whatever layers a run was trained with.
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, perceptual_layers=_image_codecs.LAYERS))
     found = Evaluator(config, slices, vgg_variables).run(variables, keep=range(len(slices)))

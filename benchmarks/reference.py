@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 from vqvae_jax import metrics
 from vqvae_jax.config import PRESETS, Config
-from vqvae_jax.data import grid, intensity, loader
+from vqvae_jax.data import grid, hip_mri, intensity, loader
 from vqvae_jax.errors import ConfigError, DivergenceError
 from vqvae_jax.evaluation import evaluate, pictures
 from vqvae_jax.evaluation import reference_protocol as protocol
@@ -150,7 +150,7 @@ def reconstruct_by_run(
     Raises:
       ConfigError: the run's test slices are others, or there are fewer than an index says.
     """
-    config, variables, own = evaluate.open_run(run_dir, data=data, log=lambda line: None)
+    config, variables, own = evaluate.open_run(run_dir, "test", data=data, log=lambda line: None)
     if indices is None:
         indices = np.unique(np.linspace(0, len(slices) - 1, _DRAWN).astype(int)).tolist()
     if not all(0 <= index < len(slices) for index in indices):
@@ -191,8 +191,7 @@ def draw_beside(path: Path, run: str, ours: Sequence[Ours], scores: Scores) -> N
 
 def _ssim(images: Sequence[np.ndarray], originals: Sequence[np.ndarray]) -> np.ndarray:
     """SSIM of each pair of [H, W], which may be of different sizes."""
-    pairs = zip(images, originals, strict=True)
-    return np.concatenate([metrics.measure(x[None], y[None], ["ssim"])["ssim"] for x, y in pairs])
+    return metrics.measure(list(images), list(originals))["ssim"]
 
 
 def parse() -> tuple[argparse.Namespace, Config]:
@@ -233,7 +232,8 @@ def main() -> None:
     out = _measure.output_folder(flags.out)
     features = _torch.Features(_jax.vgg_arrays(config.loss.vgg_weights)) if config.loss.perceptual_weight else None
     size = config.model.image_size
-    training, test = loader.open_splits(config.data, size, ("train", "test"))
+    survey = hip_mri.look(config.data, size)
+    training, test = loader.open_splits(survey, config.data, size, ("train", "test"))
     ours = reconstruct_by_run(flags.picture, flags.slices, test, flags.data) if flags.picture else None
     rows, found = [], []
     for seed in flags.seeds:

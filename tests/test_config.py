@@ -28,8 +28,6 @@ NAN, INFINITY = float("nan"), float("inf")
         ("model", "residual_blocks", -1),
         ("model", "embedding_dim", 0),
         ("model", "num_embeddings", 1),
-        ("model", "commitment_cost", -0.1),
-        ("model", "commitment_cost", NAN),
         ("model", "code_dim", -1),
         ("model", "code_dim", 129),
         ("data", "scale_percentiles", (99.5, 0.5)),
@@ -37,7 +35,8 @@ NAN, INFINITY = float("nan"), float("inf")
         ("data", "scale_percentiles", (0.0, 100.1)),
         ("data", "scale_percentiles", (NAN, 99.5)),
         ("data", "slice_axis", 3),
-        ("data", "memory_limit_gib", -1.0),
+        ("data", "cache_limit", -1.0),
+        ("data", "cache_limit", NAN),
         ("data", "phantom_cases", 0),
         ("data", "phantom_slices", 0),
         ("loss", "perceptual_weight", -1.0),
@@ -83,7 +82,7 @@ def test_what_an_imported_model_never_has_is_refused_by_flag(name):
     """It is the published architecture, whatever else its flattening is given."""
     ModelConfig(reference_flatten=True)
     ModelConfig(**{name: IMPORTED[name]})
-    with pytest.raises(ConfigError, match=rf"^--{name.replace('_', '-')} is .* with --reference-flatten[^\n]*$"):
+    with pytest.raises(ConfigError, match=rf"^--{name.replace('_', '-')} is .* with reference_flatten[^\n]*$"):
         ModelConfig(reference_flatten=True, **{name: IMPORTED[name]})
 
 

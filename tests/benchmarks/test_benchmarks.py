@@ -60,6 +60,7 @@ def test_train_step():
     assert [row.split()[1] for row in rows] == ["jax", "torch"]
 
 
+@pytest.mark.slow
 def test_inference():
     pytest.importorskip("torch")
     rows = run_benchmark("inference.py", *SMALL_MODEL, "--batch-sizes", 1, 2)
@@ -110,6 +111,7 @@ def test_a_codecs_rate_is_its_whole_files_and_its_ssim_scikit_images(benchmark_m
     assert curve["ssim"][-1] == pytest.approx(np.mean(ssim), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_every_codec_spends_more_bits_for_more_ssim(benchmark_module):
     image_codecs = benchmark_module("_image_codecs")
     for name, curve in image_codecs.curves(image_codecs.codecs(avif_speed=10), smooth_images()).items():
@@ -127,6 +129,7 @@ def test_a_rate_between_two_settings_is_interpolated_and_none_beyond_is_made_up(
     assert np.isnan([at_rate(curve, beyond, "psnr") for beyond in (0.2, 2.1)]).all()
 
 
+@pytest.mark.slow
 def test_rate_distortion(tiny_run, tmp_path):
     place, _ = tiny_run
     rows = run_benchmark("rate_distortion.py", "--runs", "runs/tiny", "--out", tmp_path, "--avif-speed", 10, cwd=place)

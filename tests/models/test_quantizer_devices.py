@@ -65,10 +65,10 @@ def test_codes_alone_give_what_the_decoder_is_given(option):
 
 @pytest.mark.parametrize(("option", "kind"), [("gradient", VectorQuantizer), ("averages", EMAVectorQuantizer)])
 def test_each_field_reaches_the_quantizer(option, kind):
-    quantizer = make_quantizer(config(option, commitment_cost=0.6), AXIS)
+    quantizer = make_quantizer(config(option), AXIS)
     assert type(quantizer) is kind
-    assert quantizer == kind(num_embeddings=K, codebook_dim=D, commitment_cost=0.6, axis_name=AXIS)
-    projected = make_quantizer(config(option, commitment_cost=0.6, code_dim=3), AXIS)
+    assert quantizer == kind(num_embeddings=K, codebook_dim=D, commitment_cost=0.25, axis_name=AXIS)
+    projected = make_quantizer(config(option, code_dim=3), AXIS)
     assert projected == ProjectedQuantizer(quantizer.copy(codebook_dim=3), code_dim=3, embedding_dim=D)
 
 

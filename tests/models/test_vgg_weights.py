@@ -311,6 +311,7 @@ def load_in_new_process(tmp_path, **environment):
     return done, time.perf_counter() - begin
 
 
+@pytest.mark.slow
 def test_the_environment_of_huggingface_hub_counts(hub, tmp_path):
     done, _ = load_in_new_process(tmp_path, HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="1")
     assert done.returncode and "offline mode" in done.stderr and not hub.asked

@@ -73,6 +73,7 @@ def test_a_code_stands_for_a_square_of_pixels(size, downsampling):
         assert len(extra) == {4: 0, 8: 1, 16: 2}[downsampling]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("downsampling", [8, 16])
 def test_bits_per_pixel_are_those_of_the_downsampling(downsampling):
     """16 codes take 4 bits, for each square of pixels."""
@@ -100,6 +101,7 @@ def test_pre_activation_ends_with_a_norm_and_an_activation(blocks):
     assert parts["post"] <= parts["pre"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", [True, False])
 def test_attention_alone_sees_the_whole_image(attention):
     """A pixel in one corner moves the latent of the other only by attention, whose gamma is set off 0 here."""

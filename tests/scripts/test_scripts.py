@@ -1,8 +1,11 @@
 """The commands as a user meets them: what they print, what they leave, how they refuse bad input."""
 
+import csv
 import gzip
+import html
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +16,9 @@ import nibabel
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, run_script
+from safetensors.numpy import save_file
+
+import vqvae_jax
 
 
 def write_case(path, voxels=None):
@@ -53,7 +59,7 @@ def test_training_says_what_it_did_and_what_to_do_next(tiny_run):
     assert "UNTRAINED" in printed
     assert "Next: python scripts/report.py --workdir runs/tiny" in printed
     run = place / "runs/tiny"
-    expected = {"config.json", "metrics.jsonl", "checkpoints", "samples", "eval"}
+    expected = {"config.json", "data.csv", "metrics.jsonl", "checkpoints", "samples", "eval"}
     assert expected <= {path.name for path in run.iterdir()}
     assert list(run.glob("events.out.tfevents.*"))
     assert len(list((run / "samples").glob("*.png"))) == 3
@@ -83,6 +89,7 @@ def test_resuming_with_another_network_is_refused(tiny_run):
     assert refused(done, "--hidden-channels", "8")
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
     command = [sys.executable, ROOT / "scripts/train.py", *TINY, "--epochs", "5000", "--workdir", "runs/stopped"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as training:
@@ -98,6 +105,169 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Resuming at step" in done.stdout
     assert "Average SSIM" in done.stdout
+
+
+def mine(line):
+    """Whether a line of stdout is of the survey that training prints."""
+    return line.startswith(("Warning: ", "Data: ", "Splits ", "Left out: ", "Sizes: ", "Voxels: ", "Volumes "))
+
+
+def test_training_says_what_it_found_in_few_lines_and_keeps_the_table(tiny_run):
+    place, printed = tiny_run
+    found = [line for line in printed.splitlines() if mine(line)]
+    assert 4 <= len(found) <= 12
+    assert any("images of 10 cases" in line for line in found)
+    with (place / "runs/tiny/data.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 40
+    assert {row["split"] for row in rows} == {"train", "validation", "test"}
+    assert len({row["case"] for row in rows}) == 10 and {row["role"] for row in rows} == {"image"}
+    again = (place / "runs/tiny" / rows[0]["path"]).resolve()
+    assert again.is_file() and again.is_relative_to(place / "data/phantom")
+
+
+def odd_name(patient):
+    """Of 200 bytes, with what file systems take and programs stumble on."""
+    name = f"sub-{patient:02} $x$ 'y' {{z}} [1] 患者 مريض ü"
+    return name + "n" * (193 - len(name.encode())) + ".nii.gz"
+
+
+@pytest.fixture(scope="module")
+def odd_run(tmp_path_factory):
+    """A run on volumes of oddly named files, 3 slices each along the first axis, from foot to head; relative paths."""
+    place = tmp_path_factory.mktemp("odd")
+    affine = np.array([[0, 1, 0, 0], [0, 0, 1, 0], [-3, 0, 0, 0], [0, 0, 0, 1.0]])
+    folder = place / "my $set$ [1]"
+    folder.mkdir()
+    for patient in range(8):
+        voxels = np.random.default_rng(patient).integers(0, 900, (3, 32, 16)).astype(np.int16)
+        nibabel.save(nibabel.Nifti1Image(voxels, affine), folder / odd_name(patient))
+    shape = {"features.0.weight": (64, 3, 3, 3), "features.0.bias": (64,)}
+    save_file({name: np.full(size, 0.01, np.float32) for name, size in shape.items()}, place / "vgg.safetensors")
+    done = train(
+        place,
+        *("--data", folder.name, "--tfds-dir", "built/sets", "--vgg-weights", "vgg.safetensors"),
+        *("--perceptual-layers", "relu1_1", "--batch-size", 4, "--workdir", "runs/odd"),
+    )
+    assert done.returncode == 0, done.stderr
+    return place, done
+
+
+@pytest.mark.slow
+def test_odd_names_pass_through_training_pictures_and_table(odd_run):
+    place, done = odd_run
+    assert "arning" not in done.stderr and "Glyph" not in done.stderr
+    assert len(odd_name(0).encode()) == 200
+    run = place / "runs/odd"
+    assert (run / "samples/epoch_0001.png").is_file() and (run / "eval/test/reconstructions.png").is_file()
+    with (run / "data.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["path"].rpartition("/")[2] for row in csv.DictReader(file)] == [odd_name(i) for i in range(8)]
+    config = json.loads((run / "config.json").read_text())
+    assert config["data"]["slice_direction"] == "head-foot"
+
+
+@pytest.mark.slow
+def test_a_run_is_used_and_resumed_from_another_folder(odd_run, tmp_path):
+    """Its paths were relative; the locale knows ASCII alone."""
+    place, _ = odd_run
+    run = tmp_path / "elsewhere"
+    shutil.copytree(place / "runs/odd", run)
+    before = (run / "eval/test/per_slice.csv").read_bytes()
+    shutil.rmtree(run / "eval")
+    away = tmp_path / "away"
+    away.mkdir()
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    done = run_script("eval.py", "--workdir", run, "--report", "--platform", "cpu", cwd=away, **ascii_only)
+    assert done.returncode == 0, done.stderr
+    assert (run / "eval/test/per_slice.csv").read_bytes() == before
+    assert "患者 مريض".encode() in before
+    assert "Built the data set" not in done.stdout
+    text = (run / "eval/test/report.html").read_text(encoding="ascii")
+    assert "患者 مريض" in html.unescape(text)
+    done = run_script("train.py", "--resume", "--workdir", run, "--epochs", 2, "--platform", "cpu", cwd=away)
+    assert done.returncode == 0, done.stderr
+    assert "Resuming at step" in done.stdout and "Built the data set" not in done.stdout
+    assert not list(away.iterdir())
+
+
+@pytest.fixture
+def evaluated(tiny_run, tmp_path):
+    """A copy of the tiny run, and another data set: one patient's volume, whose last of 4 slices is empty."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run[0] / "runs/tiny", run)
+    voxels = np.random.default_rng(0).integers(1, 900, (32, 16, 4)).astype(np.int16)
+    voxels[..., 3] = 0
+    write_case(tmp_path / "OTHER/sub-01/a.nii.gz", voxels)
+    return run, tmp_path / "OTHER"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_another_data_set_is_evaluated_whole_into_its_own_folder(evaluated, tiny_run):
+    run, other = evaluated
+    before = contents(run / "eval/test")
+    done = run_script("eval.py", "--workdir", run, "--data", "OTHER", "--platform", "cpu", cwd=other.parent)
+    assert done.returncode == 0, done.stderr
+    assert f"Written: {run / 'eval/OTHER'}/" in done.stdout
+    assert "Without 1 empty slices: SSIM" in done.stdout
+    assert contents(run / "eval/test") == before
+    found = json.loads((run / "eval/OTHER/metrics.json").read_text())
+    assert (found["slices"], found["empty_slices"], found["data"]) == (4, 1, str(other))
+    with (run / "eval/OTHER/per_slice.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["empty"] for row in rows] == ["False"] * 3 + ["True"]
+    ssim = [float(row["ssim"]) for row in rows]
+    assert found["ssim"] == pytest.approx(np.mean(ssim))
+    assert found["ssim_without_empty"] == pytest.approx(np.mean(ssim[:3]))
+
+
+@pytest.mark.slow
+def test_data_sets_of_one_name_and_splits_of_others_have_folders_of_their_own(evaluated, folder, monkeypatch):
+    run, other = evaluated
+
+    def evaluate(*arguments, **options):
+        result = vqvae_jax.evaluate_run(run, *arguments, **options, log=lambda line: None)
+        return result.folder.name, len(result.evaluation.rows)
+
+    namesake = other.parent / "deep/OTHER"
+    shutil.copytree(other, namesake)
+    (namesake / "sub-01/a.nii.gz").rename(namesake / "sub-01/b.nii.gz")
+    assert evaluate(data=str(other)) == ("OTHER", 4)
+    first = contents(run / "eval/OTHER")
+    assert evaluate(data=str(namesake)) == ("OTHER-2", 4)
+    assert contents(run / "eval/OTHER") == first
+    monkeypatch.chdir(other.parent)
+    assert evaluate(data="OTHER") == ("OTHER", 4)
+    assert evaluate(data=str(folder)) == ("set", 12)
+    assert evaluate("test", data=str(folder)) == ("set-test", 2)
+    folder.rename(folder.with_name("test"))
+    own = contents(run / "eval/test")
+    assert evaluate(data=str(folder.with_name("test"))) == ("data-test", 12)
+    assert contents(run / "eval/test") == own
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of its own, and a function that gives it a size."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "none", place], check=False).returncode:
+        pytest.skip("needs the right to mount")
+    yield place, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", place], check=True)
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_at_the_second_save_ends_in_one_line(tiny_run, small_disk):
+    """The first checkpoint is kept."""
+    place, resize = small_disk
+    saved = sum(path.stat().st_blocks * 512 for path in (tiny_run[0] / "runs/tiny/checkpoints/3").rglob("*"))
+    resize(int(1.4 * saved))
+    done = train(tiny_run[0], "--epochs", 3, "--sample-images", 0, "--workdir", place / "run")
+    assert refused(done, "free space", "go on with --resume"), done.stderr
+    assert [path.name for path in (place / "run/checkpoints").glob("[0-9]") if (path / "crc32.json").is_file()] == ["3"]
 
 
 @pytest.mark.parametrize("damage", ["no config", "bad config", "no checkpoint", "corrupt checkpoint"])
@@ -128,6 +298,7 @@ def test_an_empty_folder(tmp_path):
     assert refused(train(tmp_path, "--data", "empty"), "empty", "holds no .nii")
 
 
+@pytest.mark.slow
 def test_all_bad_files_are_named_at_once_or_skipped(folder, tmp_path):
     place = folder / "keras_slices_train"
     good = (place / "case_train_week_0_slice_0.nii.gz").read_bytes()
@@ -136,13 +307,17 @@ def test_all_bad_files_are_named_at_once_or_skipped(folder, tmp_path):
     (place / "zero.nii").write_bytes(b"")
     write_case(place / "four.nii.gz", np.zeros((8, 8, 8, 2), np.int16))
     write_case(place / "nan.nii.gz", np.full((32, 16), np.nan, np.float32))
-    names = ["truncated.nii.gz", "text.nii", "zero.nii", "four.nii.gz", "nan.nii.gz"]
-    assert refused(train(tmp_path, "--data", folder), *names, "5 of 17 files", "--on-bad-file skip")
+    by_header, by_voxels = ["text.nii", "zero.nii", "four.nii.gz"], ["truncated.nii.gz", "nan.nii.gz"]
+    assert refused(train(tmp_path, "--data", folder), *by_header, "3 of 17 files", "--on-bad-file skip")
     done = train(tmp_path, "--data", folder, "--on-bad-file", "skip", "--workdir", "runs/a")
     assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in names)
+    assert all(name in done.stdout for name in by_header + by_voxels)
+    for name in by_header:
+        (place / name).unlink()
+    assert refused(train(tmp_path, "--data", folder), *by_voxels, "2 of 14 files", "--on-bad-file skip", "--nan zero")
 
 
+@pytest.mark.slow
 def test_a_constant_slice_trains_with_a_warning(folder, tmp_path):
     write_case(folder / "keras_slices_test" / "case_flat_week_0_slice_0.nii.gz", np.full((32, 16), 7, np.int16))
     done = train(tmp_path, "--data", folder, "--workdir", "runs/a")

@@ -226,6 +226,7 @@ def test_parameters_move_with_every_second_part_by_the_mean_gradient(monkeypatch
     jax.tree.map(np.testing.assert_array_equal, third.params, before)
 
 
+@pytest.mark.slow
 def test_remat_changes_memory_and_nothing_else(initial, vgg):
     found, memory = {}, []
     for remat in ("none", "cheap", "full"):

@@ -12,6 +12,8 @@ CHOICE = "choice"
 """Name, for ``jax.checkpoint``, of the indices of the chosen codes."""
 EMA = "ema"
 """Name of the collection of what the EMA quantizer keeps, and of its random stream."""
+COMMITMENT_COST = 0.25
+"""Weight of the commitment loss: the paper's (van den Oord et al. 2017, section 3.2)."""
 DECAY = 0.97
 """Share of the old averages kept at each step; 0.99 is worse (docs/results.md)."""
 DEAD_BELOW = 0.03
@@ -86,7 +88,7 @@ class VectorQuantizer(nn.Module):
 
     num_embeddings: int
     codebook_dim: int
-    commitment_cost: float = 0.25
+    commitment_cost: float = COMMITMENT_COST
     axis_name: str | None = None
 
     def setup(self):

@@ -95,7 +95,7 @@ def make_quantizer(config: ModelConfig, axis_name: str | None = None) -> nn.Modu
     ``QuantizerOutput``, and ``lookup``. ``axis_name`` is the pmapped axis whose devices share it.
     """
     kind = EMAVectorQuantizer if config.codebook_update == "ema" else VectorQuantizer
-    quantizer = kind(config.num_embeddings, config.codebook_dim, config.commitment_cost, axis_name)
+    quantizer = kind(config.num_embeddings, config.codebook_dim, axis_name=axis_name)
     return ProjectedQuantizer(quantizer, config.code_dim, config.embedding_dim) if config.code_dim else quantizer
 
 

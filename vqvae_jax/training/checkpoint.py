@@ -54,9 +54,11 @@ class Checkpoints:
 
     Raises:
       CheckpointError: reading, and nothing is there; or writing, and the folder cannot be made.
+      ConfigError: its path is one that checkpoints cannot be restored from.
     """
 
     def __init__(self, run_dir: Path, *, read_only: bool = False):
+        runs.check_name(run_dir)
         self.folder = run_dir.absolute() / runs.CHECKPOINTS
         # Opening a manager creates its folder, even one for reading.
         if read_only and not self.folder.is_dir():
