@@ -1,6 +1,8 @@
 """What several test files share: real data where it is at hand, a tiny run, running a script."""
 
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +24,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Compiles each program of the tests once, here and in the scripts they start."""
-    folder = tmp_path_factory.mktemp("compiled")
+    """Compiles each program of the tests once, in all processes of the run and in the scripts they start."""
+    folder = of_all_workers(tmp_path_factory) / "compiled"
     settings = {
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0,
@@ -55,13 +57,27 @@ def compile_fast():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+def of_all_workers(tmp_path_factory):
+    """A folder that the processes of one run of the tests share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """Folder in which a tiny model was trained on a tiny phantom, into runs/tiny; and what that printed.
 
-    Tests of several files share it in any order: they add no run to it, which would be the newest one.
+    It is trained once, and each process of the tests has a copy. Tests of several files share that in any order: they
+    add no run to it, which would be the newest one.
     """
+    shared = of_all_workers(tmp_path_factory) / "tiny-shared"
+    shared.mkdir(exist_ok=True)
+    with (shared / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "printed").exists():
+            done = run_script("train.py", *TINY, "--epochs", 3, "--workdir", "runs/tiny", cwd=shared)
+            assert done.returncode == 0, done.stderr
+            (shared / "printed").write_text(done.stdout)
     place = tmp_path_factory.mktemp("tiny")
-    done = run_script("train.py", *TINY, "--epochs", 3, "--workdir", "runs/tiny", cwd=place)
-    assert done.returncode == 0, done.stderr
-    return place, done.stdout
+    shutil.copytree(shared, place, dirs_exist_ok=True)
+    return place, (shared / "printed").read_text()

@@ -133,6 +133,7 @@ def stop_after(count, monkeypatch):
     monkeypatch.setattr(trainer, "make_train_step", make_counting)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_resumed_twice_equals_one_in_one_go(place, whole, monkeypatch):
     """Stopped after an epoch, then within one."""
     settings, parts = tiny(epochs=EPOCHS), place / "parts"
@@ -232,6 +233,7 @@ def test_a_signal_handler_is_put_back(whole):
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_resumes_from_the_beginning(place):
     run = place / "early"
     run.mkdir()

@@ -67,11 +67,13 @@ def test_inference():
     assert [row.split()[1] for row in rows] == ["encode"] * 2 + ["decode"] * 2 + ["reconstruct"] * 2
 
 
+@pytest.mark.slow
 def test_input_pipeline():
     rows = run_benchmark("input_pipeline.py", "--files", 40, "--image-size", 32, 16, "--rounds", 1)
     assert len(rows) == 5
 
 
+@pytest.mark.slow
 def test_attention():
     rows = run_benchmark("attention.py", "--rounds", 1, "--steps", 1, "--batch-size", 1, "--image-sizes", "64x32")
     assert [row.split()[3] for row in rows] == ["blocks", "plain"]
@@ -350,6 +352,7 @@ def test_every_recipe_of_the_table_can_be_trained(benchmark_module, monkeypatch)
     assert len({repr(config((*shared, *changes))) for changes in recipes.values()}) == len(recipes)
 
 
+@pytest.mark.slow
 def test_runs_of_another_table_are_not_taken_for_this_ones(three_patients, tmp_path):
     """Refused before anything is trained, in one line that says what differs."""
 

@@ -262,7 +262,8 @@ def test_using_a_set_makes_it_the_last_to_be_removed_and_the_limit_is_a_setting(
     assert used[1].stat().st_mtime_ns < before
     prepare(root, scale_percentiles=(0, 60))
     assert used[1].stat().st_mtime_ns >= before
-    hip_mri._in_use.clear()  # as when this process has ended
+    while hip_mri._in_use:  # as when this process has ended
+        hip_mri._in_use.pop().close()
     _, lines = prepare(root, scale_percentiles=(0, 70), cache_limit=0)
     assert sum(line.startswith("Removed the data set") for line in lines) == 2
     assert not any(path.exists() for path in paths)

@@ -96,13 +96,16 @@ def test_the_default_place(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("names", "reason"),
     [
-        ([], "no .nii or .nii.gz files; "),
-        (["notes.txt"], "no .nii or .nii.gz files; "),
-        (["keras_slices_seg_train/a.nii", "._a.nii"], r"1 left out \(hidden\), 1 left out \(label map\); .*--write"),
+        ([], ".nii or .nii.gz files; "),
+        (["notes.txt"], ".nii or .nii.gz files; "),
+        (
+            ["keras_slices_seg_train/a.nii", "._a.nii"],
+            r"images: 1 left out \(hidden\), 1 left out \(label map\); .*--write",
+        ),
     ],
 )
 def test_a_set_without_images_says_what_is_wanted(names, reason, tmp_path):
-    with pytest.raises(DataError, match=rf"holds no images: {reason}.*put .*--preset demo"):
+    with pytest.raises(DataError, match=rf"holds no {reason}.*put .*--preset demo"):
         survey(write_folder(tmp_path, names))
 
 

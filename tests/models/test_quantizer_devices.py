@@ -144,6 +144,7 @@ def assert_same_on_all(tree, devices):
         np.testing.assert_array_equal(leaf, np.repeat(leaf[:1], devices, axis=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 4])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_devices_together_do_what_one_does(by_devices, option, devices):

@@ -17,6 +17,8 @@ from vqvae_jax.runtime import distributed, peers
 
 # Codes that are drawn from the batch (EMA) are other ones where it is shared; and at a high rate, Adam makes steps
 # of the rounding errors that are the gradients of biases before batch norm.
+pytestmark = pytest.mark.slow
+
 SETTINGS = [*TINY, "--codebook-update", "gradient", "--learning-rate", "1e-5", "--sample-images", "0"]
 SETTINGS += ["--residual-blocks", "0", "--perceptual-weight", "0"]  # sooner compiled
 SETTINGS += ["--flip", "--gamma", "0.3"]  # drawn for each image, whoever reads it
@@ -172,7 +174,6 @@ def test_a_process_does_not_outlive_another(place, alone, killed):
     assert (run / "checkpoints/9").is_dir()
 
 
-@pytest.mark.slow
 def test_a_process_that_falls_silent_is_missed(place, alone):
     """A process that is stopped has not closed its connections, like one whose host or network is gone."""
     run = shutil.copytree(alone, place / "silent")
@@ -185,7 +186,6 @@ def test_a_process_that_falls_silent_is_missed(place, alone):
     assert len(errors.splitlines()) == 1
 
 
-@pytest.mark.slow
 def test_processes_that_do_not_come_are_not_waited_for_without_end(place):
     program = f"""
 import sys

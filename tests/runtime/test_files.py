@@ -63,7 +63,7 @@ def test_text_that_is_not_unicode_leaves_what_was_there(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with pytest.raises(UnicodeEncodeError):
-        files.write_whole(path, "caf\udce9")
+        files.write_whole(path, "caf\ud800")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
 

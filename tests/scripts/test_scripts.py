@@ -205,6 +205,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_another_data_set_is_evaluated_whole_into_its_own_folder(evaluated, tiny_run):
     run, other = evaluated
     before = contents(run / "eval/test")

@@ -74,6 +74,7 @@ def test_draws_stay_within_their_bounds():
         assert low <= values.min() < low + 0.05 * reach and high - 0.05 * reach < values.max() <= high
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_draw_as_the_whole():
     images, config = smooth_images(), AugmentationConfig(**KINDS)
     places = np.array([[0, 2, 4], [1, 3, 5]])

@@ -240,6 +240,7 @@ def test_remat_changes_memory_and_nothing_else(initial, vgg):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found[remat], found["none"])
 
 
+@pytest.mark.slow
 def test_augmentation_changes_what_is_seen_and_is_drawn_anew(train_step, state, initial, vgg):
     config = dataclasses.replace(CONFIG, augmentation=AugmentationConfig(rotation=20.0, gamma=0.5))
     step = make_train_step(config)
