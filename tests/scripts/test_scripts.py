@@ -123,7 +123,7 @@ def test_training_says_what_it_found_in_few_lines_and_keeps_the_table(tiny_run):
     assert {row["split"] for row in rows} == {"train", "validation", "test"}
     assert len({row["case"] for row in rows}) == 10 and {row["role"] for row in rows} == {"image"}
     again = (place / "runs/tiny" / rows[0]["path"]).resolve()
-    assert again.is_file() and again.is_relative_to(place / "data/phantom")
+    assert again.is_file() and "data/phantom" in again.as_posix()
 
 
 def odd_name(patient):
