@@ -61,9 +61,10 @@ def test_how_figures_were_measured_is_said():
 def test_what_is_written_is_what_was_found(tmp_path):
     flat = dataclasses.replace(BETTER, hfen=float("nan"))
     found = Evaluation([flat, flat], EVEN, 4, reference=[0.1, 0.3])
-    table.write(found, tmp_path / "new", Config())
+    table.write(found, tmp_path / "new", Config(data=DataConfig(data="slices.zip")))
     written = json.loads((tmp_path / "new/metrics.json").read_text())
     assert written.pop("protocol") == table.protocol(Config())
+    assert written.pop("data") == "slices.zip"
     assert written["ssim_reference_protocol"] == pytest.approx(0.2)
     assert written == {name: None if np.isnan(value) else value for name, value in found.summary().items()}
     assert written["hfen"] is None
