@@ -54,9 +54,10 @@ def run(main: Callable[[], int]) -> None:
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     threading.excepthook = lambda failure: None
-    # A log that a full disk cut short is written once more when Python lets go of it, and fails again.
+    # Two things after a full disk: a log that was cut short is written once more when Python lets go of it, and fails
+    # again; and TensorStore's threads report to an event loop that Orbax has closed.
     show = sys.unraisablehook
-    sys.unraisablehook = lambda failure: None if isinstance(failure.exc_value, OSError) else show(failure)
+    sys.unraisablehook = lambda failure: None if _follows_a_full_disk(failure.exc_value) else show(failure)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is half-made is cleaned up
     try:
         status = main()
@@ -70,6 +71,10 @@ def run(main: Callable[[], int]) -> None:
             traceback.print_exc()
         status = 1 if explained is None else complain(explained, USER_ERROR)
     distributed.end(status)
+
+
+def _follows_a_full_disk(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) or (isinstance(error, RuntimeError) and str(error) == "Event loop is closed")
 
 
 def explain(error: Exception) -> str | None:

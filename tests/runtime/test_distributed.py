@@ -153,7 +153,8 @@ def test_two_processes_go_on_with_a_run_of_one_and_evaluate_it(place, alone):
     for split in ("train", "validation"):
         assert entries(run, split)[-1] == pytest.approx(entries(whole, split)[-1], **LIMITS[split])
     one, two = (json.loads((folder / "eval/test/metrics.json").read_text()) for folder in (whole, run))
-    assert two.pop("protocol") == one.pop("protocol")
+    for told in ("protocol", "data"):
+        assert two.pop(told) == one.pop(told)
     assert two == pytest.approx(one, **LIMITS["validation"])
     one, two = ((folder / "eval/test/per_slice.csv").read_text().splitlines() for folder in (whole, run))
     assert [row.split(",")[:5] for row in two] == [row.split(",")[:5] for row in one]

@@ -88,9 +88,11 @@ def _check(coordinator: str | None, processes: int | None, process: int | None) 
         raise ConfigError(f"--process-id {process}: must be 0 or more{among}")
     if coordinator is not None and process == 0:
         port = int(coordinator.rpartition(":")[2])
+        if port > 65535:
+            raise ConfigError(f"--coordinator {coordinator}: port {port} cannot be used; ports end at 65535")
         try:
             socket.create_server(("", port), reuse_port=False).close()
-        except (OSError, OverflowError) as error:  # where JAX would end with a segmentation fault
+        except OSError as error:  # where JAX would end with a segmentation fault
             raise ConfigError(f"--coordinator {coordinator}: port {port} cannot be used here ({error})") from error
 
 
