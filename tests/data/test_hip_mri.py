@@ -263,7 +263,7 @@ def test_using_a_set_makes_it_the_last_to_be_removed_and_the_limit_is_a_setting(
     prepare(root, scale_percentiles=(0, 60))
     assert used[1].stat().st_mtime_ns >= before
     while hip_mri._in_use:  # as when this process has ended
-        hip_mri._in_use.pop().close()
+        os.close(hip_mri._in_use.pop())
     _, lines = prepare(root, scale_percentiles=(0, 70), cache_limit=0)
     assert sum(line.startswith("Removed the data set") for line in lines) == 2
     assert not any(path.exists() for path in paths)

@@ -29,7 +29,8 @@ _LISTED = 200
 _READERS = 2
 _USED = ".used"
 """File of a built data set: its time is that of the last use, and whoever uses it holds a lock on it."""
-_in_use: list = []
+_in_use: list[int] = []
+"""Descriptors of such files, open to the end of this process."""
 
 
 class HipMri(tfds.core.GeneratorBasedBuilder):
@@ -260,9 +261,9 @@ def _one_builder_at_a_time(folder: Path) -> Iterator[None]:
 
 def _use(built: Path) -> None:
     """Notes that a data set is in use, by a lock that this process holds to its end, and when."""
-    note = (built.parent / _USED).open("a")
+    note = os.open(built.parent / _USED, os.O_RDWR | os.O_CREAT, 0o644)
     fcntl.flock(note, fcntl.LOCK_SH)
-    os.utime(note.fileno())
+    os.utime(note)
     _in_use.append(note)
 
 
