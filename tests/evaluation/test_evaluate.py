@@ -95,7 +95,7 @@ def test_the_picture_has_the_first_slices_and_the_best_median_and_worst(run, mon
         np.testing.assert_array_equal(row.reconstruction, own)
 
 
-@pytest.mark.parametrize(("which", "seed"), [("best", 0), ("newest", 1)])
+@pytest.mark.parametrize(("which", "seed"), [("best", 0), pytest.param("newest", 1, marks=pytest.mark.slow)])
 def test_the_checkpoint_and_the_split_are_those_asked_for(run, which, seed):
     run_dir, config = run
     evaluated = evaluate.evaluate_run(run_dir, "validation", which, log=quietly)
@@ -107,6 +107,7 @@ def test_the_checkpoint_and_the_split_are_those_asked_for(run, which, seed):
     assert evaluated.evaluation.summary()["ssim"] == pytest.approx(expected.summary()["ssim"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_other_files_can_be_evaluated_on(run, tmp_path):
     run_dir, config = run
     own = evaluate.evaluate_run(run_dir, log=quietly).evaluation

@@ -62,7 +62,7 @@ def configuration(fit, **model):
     )
 
 
-@pytest.fixture(scope="module", params=["pad-crop", "resize"])
+@pytest.fixture(scope="module", params=["pad-crop", pytest.param("resize", marks=pytest.mark.slow)])
 def setup(request):
     config = configuration(request.param)
     slices = loader.Slices(Records(SHAPES), config.data, SIZE)
@@ -165,7 +165,7 @@ def test_slices_are_kept_with_their_reconstructions_in_whatever_batch_they_were(
 
 
 @pytest.mark.parametrize("reference_flatten", [False, True])
-@pytest.mark.parametrize("protocol", [False, True])
+@pytest.mark.parametrize("protocol", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_each_record_is_read_once(protocol, reference_flatten):
     config = configuration("resize", reference_flatten=reference_flatten)
     records = Records(SHAPES)

@@ -153,6 +153,7 @@ def test_png_is_the_transposed_image_to_half_a_grey_level():
     np.testing.assert_allclose(decoded, image.T, atol=0.5 / 255 + 1e-6)
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_page_beside_the_figures(tiny_run):
     place, _ = tiny_run
     done = run_script("report.py", "--workdir", "runs/tiny", "--slices", 3, "--split", "validation", cwd=place)

@@ -57,6 +57,7 @@ def test_widths_are_read_from_the_tensors(imported):
     assert "16 hidden channels, 32 codes of width 8" in printed
 
 
+@pytest.mark.slow
 def test_the_published_protocol_gives_what_pytorch_and_scikit_image_give(imported, model, slices, record_property):
     place, _ = imported
     done = run_script(

@@ -21,6 +21,11 @@ pytestmark = pytest.mark.usefixtures("compile_fast")
 TINY = ModelConfig(image_size=(32, 16), hidden_channels=8, embedding_dim=4, num_embeddings=16, residual_blocks=1)
 UPDATES = ["gradient", "ema"]
 MODELS = [(update, code_dim) for update in UPDATES for code_dim in (0, 3)]
+TWO_MODELS = [
+    model if model in (("gradient", 0), ("ema", 3)) else pytest.param(*model, marks=pytest.mark.slow)
+    for model in MODELS
+]
+"""All of them, of which two are tested quickly."""
 
 
 def images(n=3, config=TINY):
@@ -121,7 +126,7 @@ def test_reference_network_has_the_published_size():
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == 6_665_475
 
 
-@pytest.mark.parametrize(("update", "code_dim"), MODELS)
+@pytest.mark.parametrize(("update", "code_dim"), TWO_MODELS)
 def test_parts_make_up_the_whole(update, code_dim):
     config, variables = trained(update, code_dim)
     whole = method(config)(variables, images())

@@ -6,6 +6,7 @@ import sys
 
 import nibabel
 import numpy as np
+import pytest
 from conftest import ROOT, run_script
 
 import vqvae_jax
@@ -21,6 +22,7 @@ def lines(done):
     return [line for line in done.stderr.splitlines() if line.strip() and "%|" not in line]
 
 
+@pytest.mark.slow
 def test_a_folder_there_and_back_with_a_bad_file_in_each(tiny_run, tmp_path):
     write_volume(tmp_path / "in/one.nii.gz")
     write_volume(tmp_path / "in/deep/two.nii", seed=1)

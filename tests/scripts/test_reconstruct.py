@@ -75,6 +75,7 @@ def test_an_output_that_is_another_input_is_refused(place):
     assert files_in(place / "deep") == before
 
 
+@pytest.mark.slow
 def test_a_volume_that_cannot_be_cut_as_in_training_is_a_warning(place, tmp_path):
     """Said by both commands that cut; --slice-axis settles it."""
     run = tmp_path / "along"
@@ -99,6 +100,7 @@ LONGEST = "x" * 246 + ".nii"
 ODD = "患者 مريض $x$ [1].nii.gz"
 
 
+@pytest.mark.slow
 def test_odd_names_and_the_longest_come_out_as_they_went_in(place):
     """There and back, in a locale that knows ASCII alone."""
     for name in (LONGEST, ODD):

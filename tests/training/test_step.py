@@ -121,7 +121,9 @@ def recomputed(config, variables, vgg):
     return parts, np.bincount(np.ravel(output.quantizer.indices), minlength=16)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    "option", [name if name == "all" else pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
+)
 def test_the_loss_is_the_weighted_sum_of_its_parts_and_falls(option, train_step, state, initial):
     """Each part is that of the model's output; the total falls, and the part that the option brings in with it."""
     config = dataclasses.replace(CONFIG, loss=OPTIONS[option])
@@ -183,6 +185,7 @@ def sgd_state(initial):
     return replicate(own.replace(tx=sgd, opt_state=sgd.init(own.params)))
 
 
+@pytest.mark.slow
 def test_parameters_move_with_every_second_part_by_the_mean_gradient(monkeypatch):
     """Each part's gradient is that of a step on it alone, by a model that has seen the parts before it."""
     monkeypatch.setattr(quantizer, "KMEANS_STEPS", 1)  # quicker to compile

@@ -55,7 +55,7 @@ def published(record, name):
     return config, variables
 
 
-@pytest.mark.parametrize("name", ["even", "straddling"])
+@pytest.mark.parametrize("name", [pytest.param("even", marks=pytest.mark.slow), "straddling"])
 def test_an_imported_model_reconstructs_as_pytorch_does(record, name, record_property):
     config, variables = published(record, name)
     output = VQVAE(config.model).apply(variables, nhwc(record[f"{name}/images"]))
