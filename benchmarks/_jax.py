@@ -29,7 +29,8 @@ class TrainingStep:
 
     def __init__(self, config: Config):
         self._config = config
-        self._vgg_variables = replicate(vgg_weights.load(vgg_weights.RANDOM, *config.loss.perceptual_layers))
+        vgg = vgg_weights.load(vgg_weights.RANDOM, *config.loss.perceptual_layers)
+        self._vgg_variables = replicate(vgg) if config.loss.perceptual_weight else None
         self.state = replicate(create_train_state(config, 1000))
         shape = (config.training.batch_size, *config.model.image_size, 1)
         self._images = jnp.asarray(split_over_devices(np.random.default_rng(0).random(shape, np.float32)))
@@ -54,14 +55,14 @@ class TrainingStep:
         return self.state, self._images, self._vgg_variables
 
 
-def vgg_arrays(weights: str) -> dict[str, np.ndarray]:
-    """VGG16 down to VGG_LAYER by torchvision's names, as ``_torch.Features`` takes it.
+def vgg_arrays(weights: str, layer: str = VGG_LAYER) -> dict[str, np.ndarray]:
+    """VGG16 down to ``layer`` by torchvision's names, as ``_torch.Features`` takes it.
 
     Beside them are ``mean`` and ``std`` [3], by which these weights expect their input to be normalised.
     """
-    variables = vgg_weights.load(weights, VGG_LAYER)
+    variables = vgg_weights.load(weights, layer)
     arrays = {name: np.array(values) for name, values in variables[vgg16.INPUT].items()}
-    for conv in vgg16.up_to(VGG_LAYER).values():
+    for conv in vgg16.up_to(layer).values():
         params = variables["params"][conv.name]
         arrays[f"features.{conv.torchvision}.weight"] = np.array(params["kernel"]).transpose(3, 2, 0, 1).copy()  # OIHW
         arrays[f"features.{conv.torchvision}.bias"] = np.array(params["bias"])

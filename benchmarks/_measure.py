@@ -1,6 +1,7 @@
 """What every benchmark shares: alternating subprocesses, medians, tables, and a description of the machine."""
 
 import argparse
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vqvae_jax.config import ModelConfig
+from vqvae_jax.config import PRESETS, Config
 from vqvae_jax.errors import ConfigError, VQVAEError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,16 +46,41 @@ def add_device_flag(flags: argparse.ArgumentParser) -> None:
 
 
 def add_model_flags(flags: argparse.ArgumentParser) -> None:
-    """Flags of the benchmarks that run the model against PyTorch."""
+    """Flags of the benchmarks that run a preset's network against PyTorch."""
+    flags.add_argument("--preset", choices=PRESETS, default="hipmri", help="whose network and losses")
     flags.add_argument("--image-size", type=int, nargs=2, default=(256, 128))
-    flags.add_argument("--hidden-channels", type=int, default=256)
+    flags.add_argument("--hidden-channels", type=int, help="by default the preset's")
+    flags.add_argument("--no-attention", action="store_true", help="leave self-attention out")
+    flags.add_argument("--no-vgg", action="store_true", help="leave the perceptual loss out")
     flags.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of JAX's convolutions")
     add_device_flag(flags)
 
 
-def model_config(flags: argparse.Namespace) -> ModelConfig:
-    """The reference model with the sizes and precision of ``add_model_flags``."""
-    return ModelConfig(image_size=flags.image_size, hidden_channels=flags.hidden_channels, precision=flags.dtype)
+def preset_config(flags: argparse.Namespace, batch_size: int = 8) -> Config:
+    """The preset, with what the flags of ``add_model_flags`` change and random VGG16 weights."""
+    config = PRESETS[flags.preset]
+    changes = {"image_size": flags.image_size, "precision": flags.dtype}
+    if flags.hidden_channels:
+        changes["hidden_channels"] = flags.hidden_channels
+    if flags.no_attention:
+        changes["attention"] = False
+    loss = dataclasses.replace(config.loss, vgg_weights="random")
+    if flags.no_vgg:
+        loss = dataclasses.replace(loss, perceptual_weight=0)
+    training = dataclasses.replace(config.training, batch_size=batch_size)
+    model = dataclasses.replace(config.model, **changes)
+    return dataclasses.replace(config, model=model, loss=loss, training=training)
+
+
+def described(config: Config, losses: bool = True) -> str:
+    """What a benchmark was taken of, in a line; with ``losses``, of training."""
+    model = config.model
+    parts = [f"{config.preset}, {model.image_size[0]} x {model.image_size[1]}, width {model.hidden_channels}"]
+    parts += [] if model.attention else ["no attention"]
+    if losses:
+        vgg = f"VGG16 to {config.loss.perceptual_layers[-1]}" if config.loss.perceptual_weight else "no VGG16"
+        parts += [vgg, f"batch {config.training.batch_size}"]
+    return ", ".join(parts)
 
 
 def alternate(

@@ -1,9 +1,11 @@
-"""Encode, decode and reconstruct with the reference model, JAX against PyTorch eager: images/s at several batch sizes.
+"""Encode, decode and reconstruct by a preset's model, JAX against PyTorch: images/s at several batch sizes.
 
-    python benchmarks/inference.py [--batch-sizes 1 8 64] [--device gpu --dtype bfloat16]
+    python benchmarks/inference.py [--preset demo --hidden-channels 64] [--batch-sizes 1 8 64] [--device gpu]
 
-Encode goes from images to codes, decode from codes to images, reconstruct through both. Both frameworks run in
-turn, each in a process of its own; PyTorch under inference_mode, in float32.
+Encode goes from images to codes, decode from codes to images, reconstruct through both. JAX is what users call,
+``TrainedModel``, with its scaling by percentiles and its NumPy arrays in and out. PyTorch is the bare network on
+tensors that are ready, under inference_mode, in float32: eager and under torch.compile. Contenders run in turn, each
+in a process of its own.
 """
 
 import functools
@@ -40,7 +42,7 @@ def measure(
     speeds = {}
     for size in flags.batch_sizes:
         repeats = min(flags.steps * max(1, max(flags.batch_sizes) // size), 16 * flags.steps)
-        images, codes = map(prepare, inputs(_measure.model_config(flags), size))
+        images, codes = map(prepare, inputs(_measure.preset_config(flags).model, size))
         for task, function in zip(TASKS, functions, strict=True):
             call = functools.partial(function, codes if task == "decode" else images)
             speeds[f"{task} {size}"] = size / _measure.seconds_each(call, wait, repeats)
@@ -48,49 +50,41 @@ def measure(
 
 
 def run_jax(flags) -> None:
-    """Measures the Flax model under jit."""
+    """Measures the package's own way from arrays to arrays."""
     import jax  # noqa: PLC0415 - each worker imports one framework
-    import jax.numpy as jnp  # noqa: PLC0415
 
-    from vqvae_jax.models.vqvae import VQVAE  # noqa: PLC0415
-    from vqvae_jax.runtime import compilation  # noqa: PLC0415
+    from vqvae_jax.coding.encoded import EncodedImages  # noqa: PLC0415
+    from vqvae_jax.inference.trained_model import TrainedModel  # noqa: PLC0415
+    from vqvae_jax.training.state import init_variables  # noqa: PLC0415
 
-    config = _measure.model_config(flags)
-    model = VQVAE(config)
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *config.image_size, 1)))
+    config = _measure.preset_config(flags)
+    model = TrainedModel(config, jax.jit(functools.partial(init_variables, config.model))(jax.random.key(0)))
 
-    def compiled(task: Callable) -> Callable:
-        return functools.partial(compilation.with_cpu_options(jax.jit(task)), variables)
+    def decode(codes: np.ndarray) -> np.ndarray:
+        shape = (len(codes), *config.model.image_size)
+        return model.decode(EncodedImages(codes, shape, np.tile(np.float32([0, 1]), (len(codes), 1))))
 
-    functions = (
-        compiled(functools.partial(model.apply, method="to_indices")),
-        compiled(functools.partial(model.apply, method="from_indices")),
-        compiled(lambda variables, images: model.apply(variables, images).reconstruction),
-    )
-    measure(flags, functions, jnp.asarray, jax.block_until_ready)
+    functions = (model.encode, decode, model.reconstruct)
+    measure(flags, functions, lambda array: array, lambda _: None)
 
 
 def run_torch(flags) -> None:
-    """Measures the PyTorch reference, eager."""
+    """Measures the same network in PyTorch, eager or compiled."""
     import _torch  # noqa: PLC0415
     import torch  # noqa: PLC0415
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     device = "cuda" if flags.device == "gpu" else "cpu"
-    model = _torch.fast_reference(_measure.model_config(flags)).eval().to(device)
-
-    def encode(images: torch.Tensor) -> torch.Tensor:
-        return model.quantizer.indices(model.encoder(images))
-
-    def decode(codes: torch.Tensor) -> torch.Tensor:
-        return model.decoder(model.quantizer.lookup(codes))
+    model = _torch.Recipe(_measure.preset_config(flags).model).eval().to(device)
 
     def prepare(array: np.ndarray) -> torch.Tensor:
         """Moves the channels of images, and nothing of codes."""
         return torch.from_numpy(array if array.ndim == 3 else array.transpose(0, 3, 1, 2).copy()).to(device)
 
+    functions = model.encode, model.decode, lambda images: model(images)[0]
+    if flags.worker == "torch-compiled":
+        functions = tuple(map(torch.compile, functions))
     with torch.inference_mode():
-        functions = encode, decode, lambda images: decode(encode(images))
         measure(flags, functions, prepare, lambda _: _torch.wait(device))
 
 
@@ -102,14 +96,17 @@ def main() -> None:
     flags.add_argument("--steps", type=int, default=2, help="calls in one measurement of the largest batch")
     flags = flags.parse_args()
     if flags.worker:
-        return {"jax": run_jax, "torch": run_torch}[flags.worker](flags)
-    results = _measure.alternate(__file__, ("jax", "torch"), flags.rounds, **_measure.platform_of(flags.device))
+        return run_jax(flags) if flags.worker == "jax" else run_torch(flags)
+    print(_measure.described(_measure.preset_config(flags), losses=False), flush=True)
+    names = ("jax", "torch", "torch-compiled")
+    results = _measure.alternate(__file__, names, flags.rounds, **_measure.platform_of(flags.device))
     rows = []
     for task in TASKS:
         for size in flags.batch_sizes:
-            ours, theirs = (_measure.median(results[name], f"{task} {size}") for name in ("jax", "torch"))
-            rows.append((task, size, ours, theirs, ours / theirs))
-    _measure.print_table(("task", "batch", f"JAX {flags.dtype}, images/s", "PyTorch, images/s", "ratio"), rows)
+            ours, *theirs = (_measure.median(results[name], f"{task} {size}") for name in names)
+            rows.append((task, size, ours, *theirs, ours / theirs[0], ours / theirs[1]))
+    header = (f"JAX {flags.dtype}, images/s", "PyTorch eager", "compiled", "times eager", "times compiled")
+    _measure.print_table(("task", "batch", *header), rows)
     return None
 
 

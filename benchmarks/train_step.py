@@ -1,12 +1,13 @@
-"""The full training step of the reference recipe at 256 x 128, JAX against PyTorch: images/s, peak memory, FLOP/s.
+"""A preset's full training step, JAX against PyTorch: images/s, peak memory, FLOP/s.
 
-    python benchmarks/train_step.py [--batch-size 8] [--device gpu --dtype bfloat16]
+    python benchmarks/train_step.py [--preset demo --hidden-channels 64 --no-vgg] [--device gpu --dtype bfloat16]
 
-Forward, perceptual loss at relu3_3 with random VGG16 weights, backward, clipping, Adam, on one synthetic batch.
-Contenders run in turn, each in a process of its own. ``torch`` is PyTorch eager in float32, with its defaults;
-``torch-best`` (always on a GPU) adds torch.compile, bfloat16 autocast, channels_last, TF32 and fused Adam. FLOPs
-are XLA's count (_jax.py), taken for every contender; their share is of the fastest product of two square matrices
-in the contender's type that any contender of that type reached.
+Forward, all losses with random VGG16 weights, backward, clipping, Adam, on one synthetic batch; the k-means of an EMA
+codebook's first batch is over by then. Contenders run in turn, each in a process of its own. ``torch`` is PyTorch
+eager in float32, with its defaults; ``torch-compiled`` the same under torch.compile; ``torch-best`` (on a GPU) adds
+bfloat16 autocast, channels_last, TF32 and fused Adam to that. FLOPs are XLA's count (_jax.py), taken for every
+contender; their share is of the fastest product of two square matrices in the contender's type that any contender
+of that type reached.
 """
 
 import os
@@ -16,14 +17,8 @@ from pathlib import Path
 import _measure
 import numpy as np
 
-from vqvae_jax.config import Config, TrainingConfig
-
 MATRIX = {"cpu": 4096, "gpu": 16384}
-
-
-def configure(flags) -> Config:
-    """The reference recipe with the flags' sizes."""
-    return Config(model=_measure.model_config(flags), training=TrainingConfig(batch_size=flags.batch_size))
+AGAINST = ("torch", "torch-compiled", "torch-best")
 
 
 def run_jax(flags) -> None:
@@ -32,7 +27,7 @@ def run_jax(flags) -> None:
     import jax  # noqa: PLC0415
     import jax.numpy as jnp  # noqa: PLC0415
 
-    step = _jax.TrainingStep(configure(flags))
+    step = _jax.TrainingStep(_measure.preset_config(flags, flags.batch_size))
     flops = step.flops()
     seconds = _measure.seconds_each(step, jax.block_until_ready, flags.steps)
     memory = _measure.peak_rss_mib()
@@ -43,28 +38,31 @@ def run_jax(flags) -> None:
     _measure.report(seconds=seconds, memory=memory, product=product, flops=flops, dtype=flags.dtype)
 
 
-def run_torch(flags, best: bool) -> None:
-    """Measures the PyTorch reference, eager in float32 or at its best."""
+def run_torch(flags) -> None:
+    """Measures the same recipe in PyTorch: eager, compiled, or at its best."""
     import _torch  # noqa: PLC0415
     import torch  # noqa: PLC0415
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    device, config, vgg = "cuda" if flags.device == "gpu" else "cpu", configure(flags), np.load(flags.vgg)
-    model, features = (module.to(device) for module in (_torch.fast_reference(config.model), _torch.Features(vgg)))
-    images = torch.rand((flags.batch_size, 1, *flags.image_size), device=device)
-    loss = _torch.total_loss
+    device, best = "cuda" if flags.device == "gpu" else "cpu", flags.worker == "torch-best"
+    config = _measure.preset_config(flags, flags.batch_size)
+    model = _torch.Recipe(config.model).to(device)
+    features = _torch.Features(np.load(flags.vgg)).to(device) if config.loss.perceptual_weight else None
+    images = torch.rand((flags.batch_size, 1, *config.model.image_size), device=device)
+    loss = _torch.recipe_loss
     if best:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-        model, features = (module.to(memory_format=torch.channels_last) for module in (model, features))
+        model, features = (module and module.to(memory_format=torch.channels_last) for module in (model, features))
         images = images.to(memory_format=torch.channels_last)
+    if flags.worker != "torch":
         loss = torch.compile(loss)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.training.learning_rate, fused=best)
 
     def step():
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device, torch.bfloat16, enabled=best):
-            total = loss(model, features, images, config.loss.perceptual_weight)
+            total = loss(model, features, images, config.loss)
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.gradient_clip)
         optimizer.step()
@@ -77,12 +75,12 @@ def run_torch(flags, best: bool) -> None:
     _measure.report(seconds=seconds, memory=memory, product=product, dtype=dtype)
 
 
-def save_vgg(path: Path) -> None:
+def save_vgg(path: Path, layer: str) -> None:
     """Writes random VGG16 weights for the PyTorch workers, which do not import JAX."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     import _jax  # noqa: PLC0415 - after the choice of platform
 
-    np.savez(path, **_jax.vgg_arrays("random"))
+    np.savez(path, **_jax.vgg_arrays("random", layer))
 
 
 def _fastest_products(flags, results: dict[str, list[dict]]) -> dict[str, float]:
@@ -116,18 +114,20 @@ def main() -> None:
     _measure.add_model_flags(flags)
     flags.add_argument("--batch-size", type=int, default=8)
     flags.add_argument("--steps", type=int, default=3, help="steps in one measurement, after two to warm up")
-    flags.add_argument("--against", nargs="*", choices=("torch", "torch-best"), help="none: JAX alone")
+    flags.add_argument("--against", nargs="*", choices=AGAINST, help="none: JAX alone; by default all that fit")
     flags.add_argument("--matrix", type=int, help="side of the matrices whose product is the yardstick")
     flags.add_argument("--vgg", help="VGG16 weights for the workers; the script makes them")
     flags = flags.parse_args()
     flags.matrix = flags.matrix or MATRIX[flags.device]
     if flags.worker:
-        return run_jax(flags) if flags.worker == "jax" else run_torch(flags, flags.worker == "torch-best")
-    against = ["torch", "torch-best"][: 1 + (flags.device == "gpu")] if flags.against is None else flags.against
-    names = ["jax", *against]
+        return run_jax(flags) if flags.worker == "jax" else run_torch(flags)
+    against = AGAINST[: 2 + (flags.device == "gpu")] if flags.against is None else flags.against
+    config = _measure.preset_config(flags, flags.batch_size)
     with tempfile.TemporaryDirectory() as folder:
-        save_vgg(path := Path(folder) / "vgg.npz")
+        save_vgg(path := Path(folder) / "vgg.npz", config.loss.perceptual_layers[-1])
         where = _measure.platform_of(flags.device)
+        print(_measure.described(config), flush=True)
+        names = ("jax", *against)
         return print_results(flags, _measure.alternate(__file__, names, flags.rounds, "--vgg", str(path), **where))
 
 

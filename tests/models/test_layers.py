@@ -68,9 +68,9 @@ def test_downsample_equals_torch(torch, shape):
     reference = torch.nn.Conv2d(shape[-1], 6, 4, stride=2, padding=1)
     x = normal(*shape)
     expected, cotangent, dx = torch_values_and_gradients(torch, reference, x)
-    params = {"down": {"conv": from_torch(reference)}}
+    params = from_torch(reference)
     found = values_and_gradients(lambda p, y: layers.Downsample(6).apply({"params": p}, y), params, x, cotangent)
-    jax.tree.map(assert_close, found, (expected, {"down": {"conv": gradients_of(reference)}}, dx))
+    jax.tree.map(assert_close, found, (expected, gradients_of(reference), dx))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,6 @@ def test_initial_range_is_that_of_torch(torch, kind):
     }[kind]
     params = jax.jit(module.init)(jax.random.key(0), np.zeros((1, 8, 8, 24), np.float32))["params"]
     params = jax.device_get(params)
-    params = params["down"]["conv"] if kind == "Downsample" else params
     for found, expected in ((params["kernel"], reference.weight), (params["bias"], reference.bias)):
         assert np.isclose(np.abs(found).max(), expected.abs().max().item(), rtol=0.1)
     assert np.isclose(params["kernel"].std(), reference.weight.std().item(), rtol=0.05)
@@ -111,8 +110,8 @@ def trained_norm(torch, features):
         norm.bias.copy_(torch.from_numpy(values["bias"]))
         norm.running_mean.copy_(torch.from_numpy(values["mean"]))
         norm.running_var.copy_(torch.from_numpy(values["var"]))
-    params = {"batch_norm": {"scale": values["weight"], "bias": values["bias"]}}
-    return norm, params, {"batch_norm": {"mean": values["mean"], "var": values["var"]}}
+    params = {"scale": values["weight"], "bias": values["bias"]}
+    return norm, params, {"mean": values["mean"], "var": values["var"]}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -127,9 +126,9 @@ def test_batch_norm_equals_torch(torch, shape):
 
     expected = nhwc(reference.train()(nchw(torch, x)))
     found, updated = apply(variables, x, train=True, mutable="batch_stats")
-    new = updated["batch_stats"]["batch_norm"]
+    new = updated["batch_stats"]
     n = x[..., 0].size
-    unbiased = 0.9 * stats["batch_norm"]["var"] + (new["var"] - 0.9 * stats["batch_norm"]["var"]) * n / (n - 1)
+    unbiased = 0.9 * stats["var"] + (new["var"] - 0.9 * stats["var"]) * n / (n - 1)
     assert_close(found, expected)
     assert_close(new["mean"], reference.running_mean)
     assert_close(unbiased, reference.running_var)

@@ -1,6 +1,7 @@
 """Compiled programs are kept from one process to the next; options are only used where XLA knows them."""
 
 import os
+import re
 import subprocess
 import sys
 import types
@@ -9,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import ROOT
 
 from vqvae_jax.runtime import compilation
 
@@ -74,14 +76,22 @@ def double(x):
     return 2 * x
 
 
-def test_options_that_this_xla_does_not_know_are_left_out(monkeypatch):
-    pmapped = jax.pmap(double)
-    monkeypatch.setattr(compilation, "CPU_OPTIONS", {"xla_no_such_option": ""})
-    assert compilation.with_cpu_options(pmapped) is pmapped
-
-
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the options are for a CPU")
-def test_options_change_no_result():
+@pytest.mark.parametrize("options", [{"xla_no_such_option": ""}, compilation.CPU_OPTIONS], ids=["unknown", "known"])
+def test_programs_are_compiled_with_the_options_that_this_xla_knows(monkeypatch, options):
+    monkeypatch.setattr(compilation, "CPU_OPTIONS", options)
     ones = jnp.ones((jax.local_device_count(), 3))
-    compiled = compilation.with_cpu_options(jax.pmap(double))
-    assert (compiled(ones) == 2).all()
+    for compiled in (compilation.jit(double), compilation.jit(jax.pmap(double))):
+        assert (compiled(ones) == 2).all()
+
+
+def test_nothing_in_the_package_is_jitted_with_convolutions_but_here():
+    """A bare jax.jit leaves the options out: it may serve only rooms whose programs have no convolutions."""
+    bare = {path for path in (ROOT / "vqvae_jax").rglob("*.py") if re.search(r"jax\.(jit|pmap)\b", path.read_text())}
+    rooms = {path.relative_to(ROOT / "vqvae_jax").as_posix() for path in bare}
+    assert rooms <= {
+        "runtime/compilation.py",
+        "runtime/distributed.py",  # a sum over devices
+        "training/step.py",  # jax.pmap, which it gives to compilation.jit
+        "training/state.py",  # initial values, compiled quickly
+        *(f"metrics/{name}.py" for name in ("images", "codes", "measure", "similarity")),
+    }

@@ -89,7 +89,9 @@ def test_the_loss_falls_and_every_parameter_moves(train_step, state, vgg, initia
     assert losses[-1] < 0.9 * losses[0]
     assert after.step == 15
     for (path, old), new in zip(jax.tree.leaves_with_path(initial.params), jax.tree.leaves(after.params), strict=True):
-        assert np.any(old != new), jax.tree_util.keystr(path)
+        name = jax.tree_util.keystr(path)
+        if "['key']['bias']" not in name:  # it adds the same to every score of a query: softmax takes it away
+            assert np.any(old != new), name
 
 
 OPTIONS = {

@@ -14,7 +14,7 @@ from vqvae_jax.data.loader import Sample
 from vqvae_jax.evaluation import reference_protocol as reference
 from vqvae_jax.evaluation.table import Evaluation, SliceMetrics
 from vqvae_jax.models import vgg16
-from vqvae_jax.runtime import distributed
+from vqvae_jax.runtime import compilation, distributed
 from vqvae_jax.training.state import Variables
 from vqvae_jax.training.step import make_eval_step, split_over_devices
 
@@ -137,7 +137,7 @@ def _perceptual_metric(
     """A function of reconstruction and original [H, W]; NaN without variables or where VGG16's pools leave nothing."""
     smallest = vgg16.smallest_side(*layers)
 
-    @jax.jit
+    @compilation.jit
     def distance(vgg_variables, image, original):
         features = vgg16.VGG16(layers=layers).apply
         # One slice after another: on large grids the features of a batch would take gigabytes.

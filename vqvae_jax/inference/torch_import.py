@@ -208,9 +208,9 @@ def _widths(tensors: dict[str, np.ndarray], source: str | Path) -> tuple[int, in
 def _tensors(channels: int, hidden: int, dim: int, codes: int) -> Iterator[tuple[str, _Tensor]]:
     """Every tensor of the published model by its name."""
     half = hidden // 2
-    yield from _conv("encoder.conv1", "encoder.down1.down.conv", (half, channels, 4, 4))
+    yield from _conv("encoder.conv1", "encoder.down1", (half, channels, 4, 4))
     yield from _norm("encoder.bn1", "encoder.norm1", half)
-    yield from _conv("encoder.conv2", "encoder.down2.down.conv", (hidden, half, 4, 4))
+    yield from _conv("encoder.conv2", "encoder.down2", (hidden, half, 4, 4))
     yield from _norm("encoder.bn2", "encoder.norm2", hidden)
     yield from _blocks("encoder", hidden)
     yield from _attention("encoder", hidden)
@@ -250,4 +250,4 @@ def _conv(theirs: str, ours: str, shape: tuple[int, ...], kind: str = "conv") ->
 
 def _norm(theirs: str, ours: str, features: int) -> Iterator[tuple[str, _Tensor]]:
     for name, (collection, own) in _NORM.items():
-        yield f"{theirs}.{name}", _Tensor((collection, *ours.split("."), "batch_norm", own), (features,))
+        yield f"{theirs}.{name}", _Tensor((collection, *ours.split("."), own), (features,))

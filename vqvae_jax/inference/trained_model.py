@@ -20,7 +20,7 @@ from vqvae_jax.config import Config
 from vqvae_jax.data import grid, intensity, nifti, nifti_write, slice_axes
 from vqvae_jax.errors import DataError
 from vqvae_jax.models.vqvae import VQVAE, decoding_variables
-from vqvae_jax.runtime import runs
+from vqvae_jax.runtime import compilation, runs
 from vqvae_jax.training import checkpoint
 from vqvae_jax.training.state import Variables
 
@@ -108,8 +108,8 @@ class TrainedModel:
         self.config = config
         self._variables = jax.device_put(variables, jax.local_devices()[0])
         model = VQVAE(config.model)
-        self._to_indices = jax.jit(functools.partial(model.apply, method="to_indices"))
-        self._from_indices = jax.jit(functools.partial(model.apply, method="from_indices"))
+        self._to_indices = compilation.jit(functools.partial(model.apply, method="to_indices"))
+        self._from_indices = compilation.jit(functools.partial(model.apply, method="from_indices"))
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from vqvae_jax.models.batch_norm import batch_norm
+
 LEAKY_SLOPE = 0.2
 BATCH_NORM_MOMENTUM = 0.9
 """Share of the old running statistics kept at each step (PyTorch's momentum 0.1 says the same)."""
@@ -74,35 +76,26 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        return nn.BatchNorm(
-            use_running_average=not train,
-            momentum=BATCH_NORM_MOMENTUM,
-            epsilon=BATCH_NORM_EPSILON,
-            use_fast_variance=False,
-            axis_name=self.axis_name,
-            dtype=self.dtype,
-            name="batch_norm",
-        )(x)
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
+        x = x.astype(self.dtype)
+        if not train or self.is_initializing():
+            factor = scale * jax.lax.rsqrt(running_var.value + BATCH_NORM_EPSILON)
+            return ((x.astype(jnp.float32) - running_mean.value) * factor + bias).astype(self.dtype)
+        x, mean, var = batch_norm(x, scale, bias, BATCH_NORM_EPSILON, self.axis_name)
+        for running, new in ((running_mean, mean), (running_var, var)):
+            running.value = BATCH_NORM_MOMENTUM * running.value + (1 - BATCH_NORM_MOMENTUM) * new
+        return x
 
 
 class Downsample(nn.Module):
-    """4 x 4 convolution of stride 2: [N, H, W, C] -> [N, H / 2, W / 2, features]."""
+    """4 x 4 convolution of stride 2, padding 1: [N, H, W, C] -> [N, H / 2, W / 2, features].
 
-    features: int
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return Conv(self.features, 4, stride=2, padding=1, dtype=self.dtype, name="down")(x)
-
-
-class Upsample(nn.Module):
-    """4 x 4 transposed convolution of stride 2, padding 1: [N, H, W, C] -> [N, 2 H, 2 W, features].
-
-    The map of ``torch.nn.ConvTranspose2d(C, features, 4, 2, 1)``; ``kernel`` [4, 4, C, features] is its weight with
-    the axes in this order. Computed as sub-pixel convolutions (Shi et al. 2016, arXiv:1609.05158): output pixels of
-    one parity see just 2 x 2 input pixels, so a 2 x 2 convolution gives each of the four parities, which are
-    interleaved. On a CPU, XLA's own transposed convolution has a gradient many times slower.
+    ``kernel`` is [4, 4, C, features]. Computed as a 2 x 2 convolution of blocks of 2 x 2 pixels. On a CPU, XLA's own
+    strided convolution has a gradient several times slower.
     """
 
     features: int
@@ -110,26 +103,46 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        channels, height, width = x.shape[-1], x.shape[1] // 2, x.shape[2] // 2
+        kernel = self.param("kernel", kernel_init, (4, 4, channels, self.features), jnp.float32)
+        bias = self.param("bias", bias_init(16 * channels), (self.features,), jnp.float32)
+        kernel = kernel.astype(self.dtype).reshape(2, 2, 2, 2, channels, self.features)  # row 2 a + s: [a, s, b, t]
+        kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(2, 2, 4 * channels, self.features)
+        x = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))[:, : 2 * height + 2, : 2 * width + 2]
+        x = x.reshape(len(x), height + 1, 2, width + 1, 2, channels).transpose(0, 1, 3, 2, 4, 5)
+        out = _convolve(x.reshape(len(x), height + 1, width + 1, 4 * channels), kernel)
+        return checkpoint_name(out + bias.astype(self.dtype), EXPENSIVE)
+
+
+class Upsample(nn.Module):
+    """4 x 4 transposed convolution of stride 2, padding 1: [N, H, W, C] -> [N, 2 H, 2 W, features].
+
+    The map of ``torch.nn.ConvTranspose2d(C, features, 4, 2, 1)``; ``kernel`` [4, 4, C, features] is its weight with
+    the axes in this order. Computed as a sub-pixel convolution (Shi et al. 2016, arXiv:1609.05158): a 2 x 2
+    convolution gives the four output pixels that see the same 2 x 2 input pixels. On a CPU, XLA's own transposed
+    convolution has a gradient many times slower.
+    """
+
+    features: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        n, height, width, channels = x.shape
         fan_in = 16 * self.features  # PyTorch counts a transposed convolution's fan-in over its output channels
-        kernel = self.param("kernel", bias_init(fan_in), (4, 4, x.shape[-1], self.features), jnp.float32)
+        kernel = self.param("kernel", bias_init(fan_in), (4, 4, channels, self.features), jnp.float32)
         bias = self.param("bias", bias_init(fan_in), (self.features,), jnp.float32)
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        rows = [jnp.stack([_phase(x, kernel, p, q) for q in (0, 1)], axis=3) for p in (0, 1)]
-        out = jnp.stack(rows, axis=2)  # [N, H, 2, W, 2, features]
-        out = out.reshape(x.shape[0], 2 * x.shape[1], 2 * x.shape[2], self.features) + bias.astype(self.dtype)
-        return checkpoint_name(out, EXPENSIVE)
+        # Output row 2 y + s - 1 meets input rows y - 1 and y through the kernel's rows 2 + s and s.
+        kernel = kernel.astype(self.dtype).reshape(2, 2, 2, 2, channels, self.features)[::-1, :, ::-1]
+        kernel = kernel.transpose(0, 2, 4, 1, 3, 5).reshape(2, 2, channels, 4 * self.features)
+        out = _convolve(jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (0, 0))), kernel)
+        out = out.reshape(n, height + 1, width + 1, 2, 2, self.features).transpose(0, 1, 3, 2, 4, 5)
+        out = out.reshape(n, 2 * height + 2, 2 * width + 2, self.features)[:, 1:-1, 1:-1]
+        return checkpoint_name(out + bias.astype(self.dtype), EXPENSIVE)
 
 
-def _phase(x: jax.Array, kernel: jax.Array, p: int, q: int) -> jax.Array:
-    """The output pixels at rows 2 y + p and columns 2 x + q: [N, H, W, features]."""
-    # Output row 2 y + p meets input row y + p - 1 + i through the kernel's row 3 - p - 2 i.
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel[3 - p :: -2, 3 - q :: -2],
-        window_strides=(1, 1),
-        padding=((1 - p, p), (1 - q, q)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
+def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 class ResidualBlock(nn.Module):

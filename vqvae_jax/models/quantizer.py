@@ -49,8 +49,11 @@ def nearest(latents: jax.Array, codebook: jax.Array) -> jax.Array:
     # |z - e|^2 without |z|^2, which is the same for every code.
     products = jnp.matmul(flat, codebook.T, precision=jax.lax.Precision.HIGHEST)
     distances = jnp.sum(jnp.square(codebook), axis=1) - 2 * products
-    indices = jnp.argmin(distances, axis=1).astype(jnp.int32).reshape(latents.shape[:-1])
-    return checkpoint_name(indices, CHOICE)
+    # As argmin, which a CPU computes in one thread and one number at a time.
+    least = jnp.min(distances, axis=1, keepdims=True)
+    numbers = jax.lax.broadcasted_iota(jnp.int32, distances.shape, 1)
+    indices = jnp.min(jnp.where(distances <= least, numbers, len(codebook) - 1), axis=1)
+    return checkpoint_name(indices.reshape(latents.shape[:-1]), CHOICE)
 
 
 def straight_through(latents: jax.Array, codes: jax.Array) -> jax.Array:

@@ -33,14 +33,13 @@ def use_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_CACHING_SECONDS)
 
 
-def with_cpu_options(function: Callable, donate_argnums: tuple[int, ...] = ()) -> Callable:
-    """``function``, pmapped, compiled with CPU_OPTIONS where it runs on this process's CPU alone.
+def jit(function: Callable, donate_argnums: tuple[int, ...] = ()) -> Callable:
+    """``jax.jit``, with CPU_OPTIONS where this process computes on its CPU and its jaxlib knows them.
 
-    Elsewhere, and where this jaxlib does not know the options, it is returned as it is.
+    Every program with convolutions is compiled here, a pmapped one too: ``jax.pmap`` itself takes no options.
     """
-    if jax.default_backend() != "cpu" or jax.process_count() > 1 or not _known(tuple(CPU_OPTIONS.items())):
-        return function
-    return jax.jit(function, donate_argnums=donate_argnums, compiler_options=CPU_OPTIONS)
+    options = CPU_OPTIONS if jax.default_backend() == "cpu" and _known(tuple(CPU_OPTIONS.items())) else None
+    return jax.jit(function, donate_argnums=donate_argnums, compiler_options=options)
 
 
 @functools.cache

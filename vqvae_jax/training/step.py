@@ -11,6 +11,7 @@ import optax
 from vqvae_jax.config import AugmentationConfig, Config
 from vqvae_jax.errors import ConfigError
 from vqvae_jax.metrics.similarity import SSIM_WINDOW, ssim
+from vqvae_jax.models.batch_norm import STATISTICS
 from vqvae_jax.models.layers import BLOCK, EXPENSIVE
 from vqvae_jax.models.quantizer import CHOICE, EMA
 from vqvae_jax.models.vgg16 import VGG16
@@ -24,7 +25,7 @@ from vqvae_jax.training.state import TrainState, Variables
 AXIS = "batch"
 """Name of the device axis, over which gradients, batch statistics and code counts are reduced."""
 
-KEPT = {"cheap": (EXPENSIVE, CHOICE), "full": (BLOCK, CHOICE)}
+KEPT = {"cheap": (EXPENSIVE, STATISTICS, CHOICE), "full": (BLOCK, STATISTICS, CHOICE)}
 """``remat`` -> names of the values that the backward pass finds in memory."""
 
 
@@ -162,8 +163,9 @@ def _places(count: int) -> jax.Array:
 
 
 def _pmap(function: Callable, in_axes: tuple, out_axes: Any, donate: tuple[int, ...] = ()) -> Callable:
+    """``jax.pmap``, compiled with our options where one process runs alone: a pmap of several cannot be jitted."""
     pmapped = jax.pmap(function, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, donate_argnums=donate)
-    return compilation.with_cpu_options(pmapped, donate)
+    return pmapped if jax.process_count() > 1 else compilation.jit(pmapped, donate)
 
 
 def _check_ssim(config: Config) -> None:
