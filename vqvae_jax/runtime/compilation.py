@@ -10,9 +10,14 @@ import jax
 
 from vqvae_jax.runtime.files import cache_folder
 
-# Without them (an empty list of kinds), jaxlib 0.10's YNN fusions would compute the weight gradients of convolutions
-# more slowly, and the whole training step with 1.4 times the memory.
-CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+FUSIONS = "xla_cpu_experimental_ynn_fusion_type"
+GRADIENT = {FUSIONS: ""}
+"""For a program with gradients on a CPU: none of jaxlib 0.10's YNN fusions.
+
+Its convolutions' kernel gradients are slower, and the whole training step takes 1.4 times the memory.
+"""
+FORWARD = {FUSIONS: "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
+"""For a program without gradients on a CPU: YNN fusions for products and sums, not for convolutions."""
 QUICKLY = {"xla_backend_optimization_level": 0}
 """Options for a program that runs once, where compiling it is most of the time."""
 WORTH_CACHING_SECONDS = 0.05
@@ -33,12 +38,12 @@ def use_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_CACHING_SECONDS)
 
 
-def jit(function: Callable, donate_argnums: tuple[int, ...] = ()) -> Callable:
-    """``jax.jit``, with CPU_OPTIONS where this process computes on its CPU and its jaxlib knows them.
+def jit(function: Callable, donate_argnums: tuple[int, ...] = (), cpu_options: dict[str, str] = FORWARD) -> Callable:
+    """``jax.jit``, with ``cpu_options`` where this process computes on its CPU and its jaxlib knows them.
 
     Every program with convolutions is compiled here, a pmapped one too: ``jax.pmap`` itself takes no options.
     """
-    options = CPU_OPTIONS if jax.default_backend() == "cpu" and _known(tuple(CPU_OPTIONS.items())) else None
+    options = cpu_options if jax.default_backend() == "cpu" and _known(tuple(cpu_options.items())) else None
     return jax.jit(function, donate_argnums=donate_argnums, compiler_options=options)
 
 

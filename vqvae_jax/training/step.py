@@ -100,7 +100,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, Variable
         state = state.apply_gradients(grads=gradients, model_state=model_state)
         return state, StepMetrics(losses, optax.tree.norm(gradients), counts)
 
-    return _pmap(train_step, (None, 0, None), (None, None), donate=(0,))
+    return _pmap(train_step, (None, 0, None), (None, None), compilation.GRADIENT, donate=(0,))
 
 
 def make_eval_step(config: Config) -> Callable[[Variables, jax.Array, jax.Array], EvalOutput]:
@@ -118,7 +118,7 @@ def make_eval_step(config: Config) -> Callable[[Variables, jax.Array, jax.Array]
         counts = jnp.zeros(config.model.num_embeddings, jnp.float32).at[indices].add(weights)
         return output.reconstruction, indices, jax.lax.psum(counts, AXIS)
 
-    pmapped = _pmap(eval_step, (None, 0, 0), (0, 0, None))
+    pmapped = _pmap(eval_step, (None, 0, 0), (0, 0, None), compilation.FORWARD)
     return lambda variables, images, mask: EvalOutput(*pmapped(variables, images, mask))
 
 
@@ -162,10 +162,12 @@ def _places(count: int) -> jax.Array:
     return (device * count + jnp.arange(count)) * jax.process_count() + process
 
 
-def _pmap(function: Callable, in_axes: tuple, out_axes: Any, donate: tuple[int, ...] = ()) -> Callable:
+def _pmap(
+    function: Callable, in_axes: tuple, out_axes: Any, cpu_options: dict[str, str], donate: tuple[int, ...] = ()
+) -> Callable:
     """``jax.pmap``, compiled with our options where one process runs alone: a pmap of several cannot be jitted."""
     pmapped = jax.pmap(function, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, donate_argnums=donate)
-    return pmapped if jax.process_count() > 1 else compilation.jit(pmapped, donate)
+    return pmapped if jax.process_count() > 1 else compilation.jit(pmapped, donate, cpu_options)
 
 
 def _check_ssim(config: Config) -> None:
