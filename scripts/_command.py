@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import signal
 import sys
 import threading
@@ -54,10 +55,8 @@ def run(main: Callable[[], int]) -> None:
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     threading.excepthook = lambda failure: None
-    # Two things after a full disk: a log that was cut short is written once more when Python lets go of it, and fails
-    # again; and TensorStore's threads report to an event loop that Orbax has closed.
     show = sys.unraisablehook
-    sys.unraisablehook = lambda failure: None if _follows_a_full_disk(failure.exc_value) else show(failure)
+    sys.unraisablehook = lambda failure: _unraised(failure, show)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is half-made is cleaned up
     try:
         status = main()
@@ -73,8 +72,18 @@ def run(main: Callable[[], int]) -> None:
     distributed.end(status)
 
 
-def _follows_a_full_disk(error: BaseException | None) -> bool:
-    return isinstance(error, OSError) or (isinstance(error, RuntimeError) and str(error) == "Event loop is closed")
+def _unraised(failure: "sys.UnraisableHookArgs", show: Callable[["sys.UnraisableHookArgs"], None]) -> None:
+    """What to do with an exception that Python could not raise where it happened."""
+    error = failure.exc_value
+    if isinstance(error, KeyboardInterrupt):  # Ctrl-C in a destructor or at garbage collection: it would be lost
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return
+    # Two things after a full disk: a log that was cut short is written once more when Python lets go of it, and fails
+    # again; and TensorStore's threads report to an event loop that Orbax has closed.
+    if not isinstance(error, OSError) and not (
+        isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+    ):
+        show(failure)
 
 
 def explain(error: Exception) -> str | None:

@@ -7,8 +7,6 @@ from typing import Literal
 import _command
 import tyro
 
-from vqvae_jax.evaluation import html_report, table
-from vqvae_jax.evaluation.evaluate import evaluate_run
 from vqvae_jax.runtime import runs
 
 
@@ -33,6 +31,9 @@ class Flags:
 def main() -> int:
     """Parses the flags, evaluates, prints."""
     flags = tyro.cli(Flags)
+    from vqvae_jax.evaluation import html_report, table  # noqa: PLC0415 - after the flags: --help needs no JAX
+    from vqvae_jax.evaluation.evaluate import evaluate_run  # noqa: PLC0415
+
     _command.use_platform(flags.platform)
     run_dir = flags.workdir or runs.newest()
     print(f"Run: {run_dir}, {flags.checkpoint} checkpoint")

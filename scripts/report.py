@@ -8,8 +8,7 @@ import _command
 import tyro
 
 from vqvae_jax.errors import ConfigError
-from vqvae_jax.evaluation import html_report
-from vqvae_jax.evaluation.evaluate import evaluate_run
+from vqvae_jax.evaluation import SHOWN
 from vqvae_jax.runtime import runs
 
 
@@ -25,7 +24,7 @@ class Flags:
     """The best checkpoint by validation SSIM, or the newest."""
     data: str | None = None
     """Other files than those the run was trained on: a zip, a folder, or "phantom"."""
-    slices: int = html_report.SHOWN
+    slices: int = SHOWN
     """The most slices to show: the worst, the best, and evenly spaced ones between."""
     platform: _command.Platform = "auto"
     """What to compute on."""
@@ -36,6 +35,9 @@ def main() -> int:
     flags = tyro.cli(Flags)
     if flags.slices < 1:
         raise ConfigError(f"--slices {flags.slices}: must be at least 1")
+    from vqvae_jax.evaluation import html_report  # noqa: PLC0415 - after the flags: --help needs no JAX
+    from vqvae_jax.evaluation.evaluate import evaluate_run  # noqa: PLC0415
+
     _command.use_platform(flags.platform)
     run_dir = flags.workdir or runs.newest()
     print(f"Run: {run_dir}, {flags.checkpoint} checkpoint")

@@ -8,9 +8,8 @@ from typing import Annotated
 import _command
 import tyro
 
-from vqvae_jax import config, trainer
+from vqvae_jax import config
 from vqvae_jax.errors import ConfigError
-from vqvae_jax.evaluation import table
 from vqvae_jax.runtime import config_file, distributed, runs
 
 
@@ -64,6 +63,9 @@ def _parse() -> tuple[Flags, Path | None]:
 def main() -> int:
     """Parses the flags and trains."""
     flags, run_dir = _parse()
+    from vqvae_jax import trainer  # noqa: PLC0415 - after the flags: it takes a second, and --help none
+    from vqvae_jax.evaluation import table  # noqa: PLC0415
+
     if flags.distributed:
         distributed.start(flags.coordinator, flags.num_processes, flags.process_id)
     elif (flags.coordinator, flags.num_processes, flags.process_id) != (None, None, None):

@@ -175,7 +175,7 @@ def test_each_record_is_read_once(protocol, reference_flatten):
     assert records.read == dict.fromkeys(range(len(SHAPES)), 1)
 
 
-@pytest.mark.parametrize("reference_flatten", [False, True])
+@pytest.mark.parametrize("reference_flatten", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_ssim_by_the_reference_protocol(reference_flatten):
     """An imported model is given z-scored slices of 256 x 256; one of this package reconstructs as always."""
     config = configuration("resize", reference_flatten=reference_flatten)

@@ -532,7 +532,8 @@ def test_refusals_name_the_file_and_leave_nothing(tiny, tmp_path):
 
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="no real MRI beside the checkout")
-@pytest.mark.parametrize("plane", ["tra", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cor", "sag"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("plane", ["tra", "cor", "sag"])
 def test_real_volumes_keep_their_geometry(undirected, tmp_path, plane):
     source = REAL_DATA / f"prostatex/volumes/prostatex_0000_t2tse{plane}.nii.gz"
     target = tmp_path / "out.nii.gz"

@@ -39,6 +39,7 @@ def measured():
     return images, originals, metrics.measure(list(images), list(originals))
 
 
+@pytest.mark.slow
 def test_every_metric_is_that_of_its_own_function(measured):
     images, originals, found = measured
     assert list(found) == list(NAMES) == ["ssim", "psnr", "mae", "ms_ssim", "hfen"]

@@ -134,7 +134,10 @@ REFERENCES = {
     ("name", "pair"),
     [
         *(("ssim", pair) for pair in ("unrelated", "noisy copy", "smooth", "mostly background", "ramp and its shift")),
-        *(("ms_ssim", pair) for pair in ("noisy copy", "mostly background", "ramp and its shift")),
+        *(
+            pytest.param("ms_ssim", pair, marks=pytest.mark.slow)
+            for pair in ("noisy copy", "mostly background", "ramp and its shift")
+        ),
     ],
 )
 def test_gradients_equal_finite_differences_in_float64(name, pair, argument):

@@ -166,6 +166,7 @@ def test_devices_together_do_what_one_does(by_devices, option, devices):
     np.testing.assert_array_equal(counts[0] * devices, expected_counts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 4])
 def test_devices_start_with_one_codebook_of_all_their_latents(by_devices, devices):
     """K-means starts from latents of each; all go on with the same codes, which lie among those of all."""

@@ -51,6 +51,7 @@ def test_a_folder_there_and_back_with_a_bad_file_in_each(tiny_run, tmp_path):
         assert decoded == (tmp_path / "expected.nii.gz").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_jax_of_64_bits_reads_what_one_of_32_wrote_and_the_other_way_round(tiny_run, tmp_path):
     write_volume(tmp_path / "in.nii.gz")
 

@@ -53,9 +53,8 @@ def assert_identical(found, expected):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(expected))
 
 
-@pytest.mark.parametrize(
-    "option", [name if name == "all" else pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("option", OPTIONS)
 def test_trains_and_goes_on_after_a_resume(option, tmp_path, monkeypatch):
     """Steps move every kernel, scale and code; the next is the same from a checkpoint, into a state of zeros."""
     monkeypatch.setattr(quantizer, "KMEANS_STEPS", 1)  # quicker to compile

@@ -18,15 +18,13 @@ from PIL import Image
 
 from vqvae_jax.config import Config
 from vqvae_jax.data import hip_mri
-from vqvae_jax.evaluation import charts, pictures, table
+from vqvae_jax.evaluation import SHOWN, charts, pictures, table
 from vqvae_jax.evaluation.evaluate import EvaluatedRun
 from vqvae_jax.evaluation.table import Evaluation
 from vqvae_jax.runtime import distributed, runs
 from vqvae_jax.runtime.files import write_whole
 
 REPORT = "report.html"
-SHOWN = 60
-"""Slices shown if not said otherwise: with 256 x 128 pixels each, the page stays under 5 MB."""
 FIRST_SHOWN = 6
 """Slices that are on the page before "Show more" is pressed."""
 _SPLITS = {
