@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import nibabel
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from vqvae_jax.config import PRESETS, LossConfig, ModelConfig
 from vqvae_jax.data import loader
 from vqvae_jax.errors import ConfigError
 from vqvae_jax.models import vgg16
+from vqvae_jax.models.vqvae import VQVAE
 from vqvae_jax.runtime.randomness import Purpose, integer_for
 
 SMALL_MODEL = ("--image-size", 32, 16, "--hidden-channels", 8, "--rounds", 1, "--steps", 1)
@@ -57,7 +60,38 @@ def run_benchmark(name, *arguments, cwd=None):
 def test_train_step():
     pytest.importorskip("torch")
     rows = run_benchmark("train_step.py", *SMALL_MODEL, "--batch-size", 2, "--matrix", 64)
-    assert [row.split()[1] for row in rows] == ["jax", "torch"]
+    assert [row.split()[1] for row in rows] == ["jax", "torch", "torch-compiled"]
+
+
+@pytest.mark.slow
+def test_profile_step():
+    rows = run_benchmark("profile_step.py", *SMALL_MODEL[:-4], "--no-vgg", "--no-attention", "--steps", 1, "--top", 5)
+    assert [len(row.split("|")) for row in rows[:5]] == [6] * 5
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_pytorchs_side_is_the_same_network(preset, benchmark_module):
+    """As many tensors of each size as ours has, and as many codes for an image."""
+    torch = pytest.importorskip("torch")
+    config = dataclasses.replace(PRESETS[preset].model, image_size=(32, 16), hidden_channels=8, reference_flatten=False)
+    recipe = benchmark_module("_torch").Recipe(config)
+    ours = jax.eval_shape(VQVAE(config).init, jax.random.key(0), jnp.zeros((1, 32, 16, 1)))["params"]
+    theirs = [*recipe.encoder.parameters(), *recipe.decoder.parameters()]
+    theirs += [*recipe.project_in.parameters(), *recipe.project_out.parameters()]
+    if config.codebook_update == "gradient":
+        theirs.append(recipe.quantizer.codebook)
+    assert sorted(leaf.size for leaf in jax.tree.leaves(ours)) == sorted(tensor.numel() for tensor in theirs)
+    images = torch.rand(2, 1, 32, 16)
+    assert recipe.encode(images).shape == (2, *config.latent_size)
+    assert recipe.decode(recipe.encode(images)).shape == recipe(images)[0].shape == images.shape
+
+
+def test_pytorchs_ssim_is_ours(benchmark_module):
+    torch = pytest.importorskip("torch")
+    a, b = np.random.default_rng(0).random((2, 3, 1, 20, 30), np.float32)
+    found = benchmark_module("_torch").ssim(torch.from_numpy(a), torch.from_numpy(b))
+    expected = [structural_similarity(x[0], y[0], data_range=1) for x, y in zip(a, b, strict=True)]
+    assert float(found) == pytest.approx(np.mean(expected), abs=1e-5)
 
 
 @pytest.mark.slow
