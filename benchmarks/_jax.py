@@ -9,6 +9,7 @@ import numpy as np
 
 from vqvae_jax.config import Config
 from vqvae_jax.models import layers, vgg16, vgg_weights
+from vqvae_jax.runtime import compilation
 from vqvae_jax.training.state import create_train_state
 from vqvae_jax.training.step import StepMetrics, make_train_step, replicate, split_over_devices
 
@@ -40,9 +41,12 @@ class TrainingStep:
         self.state, metrics = self._step(*self._arguments())
         return metrics
 
-    def compiled(self) -> jax.stages.Compiled:
-        """The program that a call runs."""
-        return self._step.lower(*self._arguments()).compile()
+    def compile(self) -> str:
+        """Compiles the step ahead; returns the program that calls run from now on, as HLO text."""
+        # Of compiler options, ``lower`` forgets those that jit was given.
+        options = compilation.GRADIENT if jax.default_backend() == "cpu" else None
+        self._step = self._step.lower(*self._arguments()).compile(compiler_options=options)
+        return self._step.as_text()
 
     def flops(self) -> float:
         """XLA's count on one device, of a step in which nothing is looped over or computed twice."""

@@ -78,7 +78,7 @@ def main() -> None:
 
     config = _measure.preset_config(flags, flags.batch_size)
     step = _jax.TrainingStep(config)
-    flops = convolutions(step.compiled().as_text())
+    flops = convolutions(step.compile())
     for _ in range(2):
         jax.block_until_ready(step())
     with tempfile.TemporaryDirectory() as folder:
