@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Literal
 
@@ -55,6 +56,7 @@ def run(main: Callable[[], int]) -> None:
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     threading.excepthook = lambda failure: None
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # Orbax's, of a full disk
     show = sys.unraisablehook
     sys.unraisablehook = lambda failure: _unraised(failure, show)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is half-made is cleaned up

@@ -16,12 +16,13 @@ from vqvae_jax.errors import CheckpointError, ConfigError
 from vqvae_jax.runtime import distributed, peers
 
 # Codes that are drawn from the batch (EMA) are other ones where it is shared; and at a high rate, Adam makes steps
-# of the rounding errors that are the gradients of biases before batch norm.
+# of the rounding errors that are the gradients of biases before batch norm. With seed 0, one value lies so near a kink
+# (of L1 or the activation) that rounding decides its gradient: losses agree to 1e-6, that gradient's norm to 3e-4.
 pytestmark = pytest.mark.slow
 
 SETTINGS = [*TINY, "--codebook-update", "gradient", "--learning-rate", "1e-5", "--sample-images", "0"]
 SETTINGS += ["--residual-blocks", "0", "--perceptual-weight", "0"]  # sooner compiled
-SETTINGS += ["--flip", "--gamma", "0.3"]  # drawn for each image, whoever reads it
+SETTINGS += ["--seed", "1", "--flip", "--gamma", "0.3"]  # drawn for each image, whoever reads it
 LIMITS = {"train": {"rel": 3e-5}, "validation": {"rel": 3e-5, "abs": 1e-5}}
 """Losses agree relative to themselves, metrics to their scale of 1: an untrained model's SSIM may lie near 0."""
 TIMINGS = ("images_per_second", "input_wait")

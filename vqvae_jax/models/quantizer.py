@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+LATENTS_AT_ONCE = 2**12
+"""Latents whose distances to all codes are in memory at once."""
 CHOICE = "choice"
 """Name, for ``jax.checkpoint``, of the indices of the chosen codes."""
 EMA = "ema"
@@ -46,13 +48,19 @@ class QuantizerOutput:
 def nearest(latents: jax.Array, codebook: jax.Array) -> jax.Array:
     """Indices int32 [...] of the codes [K, D] nearest to float32 latents [..., D]; the lowest of equals."""
     flat = jax.lax.stop_gradient(latents).reshape(-1, codebook.shape[-1])
-    # |z - e|^2 without |z|^2, which is the same for every code.
-    products = jnp.matmul(flat, codebook.T, precision=jax.lax.Precision.HIGHEST)
-    distances = jnp.sum(jnp.square(codebook), axis=1) - 2 * products
-    # As argmin, which a CPU computes in one thread and one number at a time.
-    least = jnp.min(distances, axis=1, keepdims=True)
-    numbers = jax.lax.broadcasted_iota(jnp.int32, distances.shape, 1)
-    indices = jnp.min(jnp.where(distances <= least, numbers, len(codebook) - 1), axis=1)
+
+    def choose(block: jax.Array) -> jax.Array:
+        # |z - e|^2 without |z|^2, which is the same for every code.
+        products = jnp.matmul(block, codebook.T, precision=jax.lax.Precision.HIGHEST)
+        distances = jnp.sum(jnp.square(codebook), axis=1) - 2 * products
+        # As argmin, which a CPU computes in one thread and one number at a time.
+        least = jnp.min(distances, axis=1, keepdims=True)
+        numbers = jax.lax.broadcasted_iota(jnp.int32, distances.shape, 1)
+        return jnp.min(jnp.where(distances <= least, numbers, len(codebook) - 1), axis=1)
+
+    blocks = -(-len(flat) // LATENTS_AT_ONCE)
+    padded = jnp.pad(flat, ((0, -len(flat) % max(blocks, 1)), (0, 0))).reshape(max(blocks, 1), -1, flat.shape[1])
+    indices = jax.lax.map(choose, padded).reshape(-1)[: len(flat)]
     return checkpoint_name(indices.reshape(latents.shape[:-1]), CHOICE)
 
 
@@ -169,12 +177,12 @@ class EMAVectorQuantizer(VectorQuantizer):
     def _start(self, z: jax.Array) -> None:
         """Sets the codes from the first batch: K of its latents, then k-means."""
 
+        def closer(_: jax.Array, codebook: jax.Array) -> jax.Array:
+            counts, sums = self._statistics(flat, nearest(flat, codebook))
+            return jnp.where(counts[:, None] > 0, sums / jnp.maximum(counts, 1)[:, None], codebook)
+
         def kmeans(flat: jax.Array) -> jax.Array:
-            codebook = self._random_latents(flat)
-            for _ in range(KMEANS_STEPS):
-                counts, sums = self._statistics(flat, nearest(flat, codebook))
-                codebook = jnp.where(counts[:, None] > 0, sums / jnp.maximum(counts, 1)[:, None], codebook)
-            return codebook
+            return jax.lax.fori_loop(0, KMEANS_STEPS, closer, self._random_latents(flat))
 
         flat = jax.lax.stop_gradient(z).reshape(-1, self.codebook_dim)
         codebook = jax.lax.cond(self.started.value, lambda _: self.codebook, kmeans, flat)

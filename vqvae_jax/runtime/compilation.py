@@ -11,10 +11,11 @@ import jax
 from vqvae_jax.runtime.files import cache_folder
 
 FUSIONS = "xla_cpu_experimental_ynn_fusion_type"
-GRADIENT = {FUSIONS: ""}
-"""For a program with gradients on a CPU: none of jaxlib 0.10's YNN fusions.
+GRADIENT = {FUSIONS: "", "xla_disable_hlo_passes": "cse_barrier_expander"}
+"""For a program with gradients on a CPU: none of jaxlib 0.10's YNN fusions, and barriers that hold.
 
-Its convolutions' kernel gradients are slower, and the whole training step takes 1.4 times the memory.
+YNN's kernel gradients of convolutions are slower, and with it the whole training step takes 1.4 times the memory.
+Without barriers, XLA finds that what remat computes again was computed before, and keeps it.
 """
 FORWARD = {FUSIONS: "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
 """For a program without gradients on a CPU: YNN fusions for products and sums, not for convolutions."""
