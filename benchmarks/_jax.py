@@ -43,9 +43,7 @@ class TrainingStep:
 
     def compile(self) -> str:
         """Compiles the step ahead; returns the program that calls run from now on, as HLO text."""
-        # Of compiler options, ``lower`` forgets those that jit was given.
-        options = compilation.GRADIENT if jax.default_backend() == "cpu" else None
-        self._step = self._step.lower(*self._arguments()).compile(compiler_options=options)
+        self._step = compilation.ahead(self._step, self._arguments(), compilation.GRADIENT)
         return self._step.as_text()
 
     def flops(self) -> float:

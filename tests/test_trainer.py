@@ -117,10 +117,10 @@ def test_the_loss_falls_and_ssim_rises_above_what_a_broken_model_has(whole):
 
 def stop_after(count, monkeypatch):
     """Sends this process SIGTERM while the run takes its step number ``count``."""
-    make, taken = trainer.make_train_step, []
+    make, taken = trainer.fitted_train_step, []
 
-    def make_counting(settings):
-        step = make(settings)
+    def make_counting(settings, *shapes):
+        step, remat = make(settings, *shapes)
 
         def counting(*arguments):
             taken.append(None)
@@ -128,9 +128,9 @@ def stop_after(count, monkeypatch):
                 os.kill(os.getpid(), signal.SIGTERM)
             return step(*arguments)
 
-        return counting
+        return counting, remat
 
-    monkeypatch.setattr(trainer, "make_train_step", make_counting)
+    monkeypatch.setattr(trainer, "fitted_train_step", make_counting)
 
 
 @pytest.mark.slow
@@ -245,18 +245,18 @@ def test_a_run_without_a_checkpoint_resumes_from_the_beginning(place):
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(place, monkeypatch):
-    make, run, settings = trainer.make_train_step, place / "lost", tiny(epochs=3)
+    make, run, settings = trainer.fitted_train_step, place / "lost", tiny(epochs=3)
 
-    def make_failing(settings):
-        step = make(settings)
+    def make_failing(settings, *shapes):
+        step, remat = make(settings, *shapes)
 
         def failing(state, images, vgg_variables):
             broken = images * np.where(int(state.step) == STEPS_PER_EPOCH + 1, np.nan, 1.0).astype(np.float32)
             return step(state, broken, vgg_variables)
 
-        return failing
+        return failing, remat
 
-    monkeypatch.setattr(trainer, "make_train_step", make_failing)
+    monkeypatch.setattr(trainer, "fitted_train_step", make_failing)
     with pytest.raises(DivergenceError, match=r"not finite at step 14 .*checkpoint is at step 12"):
         trainer.train_and_evaluate(settings, run, log=quietly)
     state, progress = final_state(run, settings)

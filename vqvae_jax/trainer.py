@@ -28,7 +28,14 @@ from vqvae_jax.runtime.logs import MetricsLog
 from vqvae_jax.runtime.randomness import Purpose, integer_for
 from vqvae_jax.training.checkpoint import Checkpoints, Progress
 from vqvae_jax.training.state import Variables, create_train_state, learning_rate_schedule
-from vqvae_jax.training.step import StepMetrics, check_devices, make_train_step, replicate, split_over_devices
+from vqvae_jax.training.step import (
+    StepMetrics,
+    check_devices,
+    check_ssim,
+    fitted_train_step,
+    replicate,
+    split_over_devices,
+)
 
 _STEPS_IN_FLIGHT = 2
 """Steps whose metrics are left on the device, so that reading them never makes it wait."""
@@ -85,6 +92,7 @@ def train_and_evaluate(
       PeerError: another process has ended or cannot be reached.
     """
     check_devices(config.training.batch_size, config.training.accumulate)
+    check_ssim(config)
     with _claimed(run_dir, resume):
         return _train_and_evaluate(config, run_dir, resume, log if distributed.is_first() else _quiet)
 
@@ -206,7 +214,7 @@ class Trainer:
         self._drawn = [int(index) for index in drawn]
         self._vgg_variables = replicate(vgg_variables)
         self._state = create_train_state(config, self._loader.batches_per_epoch)
-        self._train_step = make_train_step(config)
+        self._train_step: Callable | None = None
         self._progress = Progress(slices=len(train))
         self._slices = len(train)
         self._checkpoints = Checkpoints(run_dir)
@@ -280,6 +288,8 @@ class Trainer:
                 asked = time.perf_counter()
                 images = split_over_devices(next(self._loader))
                 clock.waiting += time.perf_counter() - asked
+                if self._train_step is None:
+                    self._train_step = self._compile(images)
                 self._state, metrics = self._train_step(self._state, images, self._vgg_variables)
                 progress.steps_in_epoch += 1
                 clock.images += self._config.training.batch_size // self._config.training.accumulate
@@ -297,6 +307,12 @@ class Trainer:
             clock.total = time.perf_counter() - begin
         progress.loader = self._loader.get_state()
         return clock
+
+    def _compile(self, images: np.ndarray) -> Callable:
+        step, remat = fitted_train_step(self._config, self._state, images, self._vgg_variables)
+        if self._config.training.remat == "auto" and remat != "none":
+            self._log(f"Memory: --remat {remat}, since the step would not fit with less computed again")
+        return step
 
     def _collect(self, number: int, metrics: StepMetrics, bar: tqdm.tqdm) -> None:
         """Adds the scalars of step ``number`` to the epoch's sums; raises DivergenceError if one is not finite."""

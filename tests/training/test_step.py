@@ -25,6 +25,7 @@ from vqvae_jax.runtime import compilation
 from vqvae_jax.training.state import create_train_state, make_optimizer
 from vqvae_jax.training.step import (
     check_devices,
+    fitted_train_step,
     make_eval_step,
     make_train_step,
     replicate,
@@ -246,6 +247,23 @@ def test_remat_changes_memory_and_nothing_else(initial, vgg):
     assert memory == sorted(memory, reverse=True) and len(set(memory)) == 3
     for remat in ("cheap", "full"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found[remat], found["none"])
+
+
+@pytest.mark.slow
+def test_remat_auto_computes_again_only_what_does_not_fit(initial, vgg, monkeypatch):
+    arguments = sgd_state(initial), split_over_devices(batch()), vgg
+    needed = {}
+    for remat in ("none", "cheap"):
+        program, found = fitted_train_step(changed(remat=remat), *arguments)
+        needed[remat] = compilation.bytes_needed(program)
+        assert found == remat
+    for there, expected in ((needed["none"], "none"), (needed["none"] - 1, "cheap"), (needed["cheap"] - 1, "full")):
+        monkeypatch.setattr(compilation, "bytes_there", lambda there=there: there)
+        program, found = fitted_train_step(changed(remat="auto"), *arguments)
+        assert found == expected
+    state, _ = program(*arguments)
+    after, _ = make_train_step(changed(remat="none"))(sgd_state(initial), *arguments[1:])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.params, after.params)
 
 
 @pytest.mark.slow

@@ -1,10 +1,14 @@
 """How XLA compiles our programs: a cache on disk, and what makes them faster on a CPU."""
 
+import contextlib
 import functools
 import hashlib
+import os
 import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -22,6 +26,8 @@ FORWARD = {FUSIONS: "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
 QUICKLY = {"xla_backend_optimization_level": 0}
 """Options for a program that runs once, where compiling it is most of the time."""
 WORTH_CACHING_SECONDS = 0.05
+FREE_SHARE = 0.75
+"""Of a computer's RAM, what its other programs and Python leave to ours."""
 
 
 def use_cache() -> None:
@@ -44,8 +50,35 @@ def jit(function: Callable, donate_argnums: tuple[int, ...] = (), cpu_options: d
 
     Every program with convolutions is compiled here, a pmapped one too: ``jax.pmap`` itself takes no options.
     """
-    options = cpu_options if jax.default_backend() == "cpu" and _known(tuple(cpu_options.items())) else None
-    return jax.jit(function, donate_argnums=donate_argnums, compiler_options=options)
+    return jax.jit(function, donate_argnums=donate_argnums, compiler_options=_options(cpu_options))
+
+
+def ahead(jitted: Any, arguments: tuple, cpu_options: dict[str, str]) -> jax.stages.Compiled:
+    """The program of a function of ``jit`` for these arguments, with the same options: ``lower`` forgets them."""
+    return jitted.lower(*arguments).compile(compiler_options=_options(cpu_options))
+
+
+def bytes_needed(program: jax.stages.Compiled) -> int:
+    """Bytes that a program takes on one device: arguments, results and all between."""
+    found = program.memory_analysis()
+    kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return kept + found.temp_size_in_bytes
+
+
+def bytes_there() -> int:
+    """Bytes that programs may take on one device: what JAX has taken of a GPU, or this device's share of the RAM."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit", sys.maxsize)
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # outside a container
+        most = min(most, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return int(FREE_SHARE * most) // jax.local_device_count()
+
+
+def _options(cpu_options: dict[str, str]) -> dict[str, str] | None:
+    known = jax.default_backend() == "cpu" and _known(tuple(cpu_options.items()))
+    return cpu_options if known else None
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """One step of training and of evaluation, pmapped over this process's devices."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from vqvae_jax.models.layers import BLOCK, EXPENSIVE
 from vqvae_jax.models.quantizer import CHOICE, EMA
 from vqvae_jax.models.vgg16 import VGG16
 from vqvae_jax.models.vqvae import VQVAE
-from vqvae_jax.runtime import compilation
+from vqvae_jax.runtime import compilation, distributed
 from vqvae_jax.runtime.randomness import Purpose, key_for
 from vqvae_jax.training.augmentation import augment
 from vqvae_jax.training.losses import RECONSTRUCTION, Losses, perceptual_loss
@@ -26,7 +27,7 @@ AXIS = "batch"
 """Name of the device axis, over which gradients, batch statistics and code counts are reduced."""
 
 KEPT = {"cheap": (EXPENSIVE, STATISTICS, CHOICE), "full": (BLOCK, STATISTICS, CHOICE)}
-"""``remat`` -> names of the values that the backward pass finds in memory."""
+"""``remat`` -> names of the values that the backward pass finds in memory; of "none", all."""
 
 
 @flax.struct.dataclass
@@ -51,12 +52,12 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, Variable
     """The pmapped step: (state, images [devices, B, H, W, 1], VGG16's variables) -> (state, StepMetrics).
 
     State, variables and metrics have no device axis: they are the same on every device. The old state's buffers are
-    reused for the new one.
+    reused for the new one. With ``remat`` "auto" nothing is computed again; ``fitted_train_step`` is who decides.
 
     Raises:
       ConfigError: an SSIM term of images below its window.
     """
-    _check_ssim(config)
+    check_ssim(config)
     model = VQVAE(config.model, axis_name=AXIS)
     vgg = VGG16(layers=config.loss.perceptual_layers, dtype=jnp.dtype(config.model.precision))
 
@@ -103,6 +104,26 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, Variable
     return _pmap(train_step, (None, 0, None), (None, None), compilation.GRADIENT, donate=(0,))
 
 
+def fitted_train_step(config: Config, *arguments: Any) -> tuple[Callable, str]:
+    """``make_train_step`` compiled for its arguments, and the ``remat`` with which it fits in memory.
+
+    Of several processes, all take the first one's ``remat``.
+    """
+    wanted = config.training.remat
+    if wanted != "auto" and jax.process_count() > 1:
+        return make_train_step(config), wanted
+    choices = ("none", *KEPT) if wanted == "auto" else (wanted,)
+    for remat in choices:
+        step = make_train_step(_with_remat(config, remat))
+        program = compilation.ahead(step, arguments, compilation.GRADIENT)
+        if compilation.bytes_needed(program) <= compilation.bytes_there():
+            break
+    if jax.process_count() == 1:
+        return program, remat
+    remat = distributed.shared(remat)
+    return make_train_step(_with_remat(config, remat)), remat
+
+
 def make_eval_step(config: Config) -> Callable[[Variables, jax.Array, jax.Array], EvalOutput]:
     """The pmapped evaluation: (variables, images [devices, B, H, W, 1], mask [devices, B]) -> EvalOutput.
 
@@ -146,6 +167,10 @@ def split_over_devices(array: Any) -> Any:
     return array.reshape(devices, array.shape[0] // devices, *array.shape[1:])
 
 
+def _with_remat(config: Config, remat: str) -> Config:
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, remat=remat))
+
+
 def _remat(function: Callable, kept: str) -> Callable:
     """Wraps ``function`` so that the backward pass keeps only the values that ``remat`` names.
 
@@ -170,7 +195,8 @@ def _pmap(
     return pmapped if jax.process_count() > 1 else compilation.jit(pmapped, donate, cpu_options)
 
 
-def _check_ssim(config: Config) -> None:
+def check_ssim(config: Config) -> None:
+    """Raises ConfigError for an SSIM term of images below its window."""
     if config.loss.ssim_weight and min(config.model.image_size) < SSIM_WINDOW:
         raise ConfigError(
             f"--ssim-weight with --image-size {' '.join(map(str, config.model.image_size))}: expected at least "
