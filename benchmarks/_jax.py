@@ -41,10 +41,10 @@ class TrainingStep:
         self.state, metrics = self._step(*self._arguments())
         return metrics
 
-    def compile(self) -> str:
-        """Compiles the step ahead; returns the program that calls run from now on, as HLO text."""
+    def compile(self) -> jax.stages.Compiled:
+        """Compiles the step ahead; returns the program that calls run from now on."""
         self._step = compilation.ahead(self._step, self._arguments(), compilation.GRADIENT)
-        return self._step.as_text()
+        return self._step
 
     def flops(self) -> float:
         """XLA's count on one device, of a step in which nothing is looped over or computed twice."""

@@ -78,7 +78,7 @@ def main() -> None:
 
     config = _measure.preset_config(flags, flags.batch_size)
     step = _jax.TrainingStep(config)
-    flops = convolutions(step.compile())
+    flops = convolutions(step.compile().as_text())
     for _ in range(2):
         jax.block_until_ready(step())
     with tempfile.TemporaryDirectory() as folder:

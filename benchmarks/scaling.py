@@ -52,7 +52,7 @@ def measure(flags) -> None:
     import jax  # noqa: PLC0415
 
     step = _jax.TrainingStep(configure(flags.worker, flags.batch_size))
-    compiled = step.compiled()
+    compiled = step.compile()
     plan = compiled.memory_analysis()
     _measure.report(
         flops=step.flops(),
