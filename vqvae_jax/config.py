@@ -272,6 +272,41 @@ class Config:
     augmentation: AugmentationConfig = AugmentationConfig()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """A prior over a run's codes, as written to config.json in the run's folder ``prior``."""
+
+    epochs: int = 40
+    """Passes over the training slices; each encodes them anew, augmented."""
+    batch_size: int = 16
+    """Slices in one step, over all devices."""
+    learning_rate: float = 2e-3
+    """Adam's highest learning rate; it falls as a cosine to 0 at the end."""
+    channels: int = 64
+    """Width of the network."""
+    blocks: int = 4
+    """Residual blocks of two 3 x 3 convolutions."""
+    neighbours: int = 2
+    """Slices before each that are given with it."""
+    rounded_share: float = 0.25
+    """Share of the epochs, the last ones, that train with the 8-bit numbers which coding computes with."""
+    patience: int = 8
+    """Stop after so many epochs without better bits on the validation split."""
+    seed: int = 0
+    """The one seed of every random draw."""
+    model: tyro.conf.Suppress[str] = ""
+    """The fingerprint of the model whose codes these are."""
+
+    def __post_init__(self):
+        _require_positive(self, "epochs", "batch_size", "learning_rate", "blocks", "neighbours", "patience")
+        _require(1 <= self.channels <= 80, "channels", self.channels, "from 1 to 80 (sums must stay below 2**24)")
+        _require(0 <= self.rounded_share <= 1, "rounded_share", self.rounded_share, "from 0 to 1")
+        _require(0 <= self.seed <= LARGEST_SEED, "seed", self.seed, f"between 0 and {LARGEST_SEED}")
+
+
+PRIOR_PRESETS = {"demo": PriorConfig(epochs=12, channels=32, blocks=3, neighbours=1, learning_rate=4e-3)}
+"""Where a run's preset has a prior of its own."""
+
 PRESETS: dict[str, Config] = {
     "hipmri": Config(
         preset="hipmri",

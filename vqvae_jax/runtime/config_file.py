@@ -3,19 +3,21 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
-from vqvae_jax.config import Config
+from vqvae_jax.config import Config, PriorConfig
 from vqvae_jax.errors import ConfigError
 
+_Kind = TypeVar("_Kind", Config, PriorConfig)
 
-def to_json(config: Config) -> str:
-    """The configuration as indented JSON text."""
+
+def to_json(config: Config | PriorConfig) -> str:
+    """A configuration as indented JSON text."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def from_json(text: str, source: str | Path = "config.json") -> Config:
-    """The configuration in ``text``, as ``to_json`` writes it.
+def from_json(text: str, source: str | Path = "config.json", kind: type[_Kind] = Config) -> _Kind:
+    """The configuration of this kind in ``text``, as ``to_json`` writes it.
 
     Raises:
       ConfigError: not JSON, an unknown or missing setting, or a value of the wrong type or range; the message names
@@ -25,7 +27,7 @@ def from_json(text: str, source: str | Path = "config.json") -> Config:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: not valid JSON ({error}); restore the file or train anew") from error
-    return _from_dict(Config, values, source, "")
+    return _from_dict(kind, values, source, "")
 
 
 def _from_dict(cls: type, values: Any, source: str | Path, where: str) -> Any:

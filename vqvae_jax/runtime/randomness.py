@@ -12,6 +12,11 @@ class Purpose(enum.IntEnum):
     ORDER = 1
     CODEBOOK = 2
     AUGMENTATION = 3
+    PRIOR_PARAMETERS = 4
+    PRIOR_ORDER = 5
+    PRIOR_AUGMENTATION = 6
+    MASKS = 7
+    SAMPLES = 8
 
 
 def key_for(seed: int, purpose: Purpose, step: int | jax.Array = 0) -> jax.Array:

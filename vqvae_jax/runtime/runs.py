@@ -9,8 +9,9 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from vqvae_jax.config import Config
+from vqvae_jax.config import Config, PriorConfig
 from vqvae_jax.errors import CheckpointError, ConfigError
 from vqvae_jax.runtime.config_file import from_json, to_json
 from vqvae_jax.runtime.files import write_whole
@@ -22,6 +23,8 @@ CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
 EVAL = "eval"
+PRIOR = "prior"
+"""The folder of the prior over a run's codes: itself as a run's folder."""
 LOCK = ".lock"
 """Held by the process that trains in the folder."""
 _NOT_RESTORED = re.compile(r"\[[^/]+\]|\\|\*\*|(?<=/)gs:(?=/)")
@@ -104,7 +107,7 @@ def check_name(run_dir: Path) -> None:
         )
 
 
-def save_config(run_dir: Path, config: Config) -> None:
+def save_config(run_dir: Path, config: Config | PriorConfig) -> None:
     """Writes config.json, replacing an older one. Raises ConfigError if the folder cannot be written."""
     try:
         write_whole(run_dir / CONFIG, to_json(config))
@@ -114,16 +117,25 @@ def save_config(run_dir: Path, config: Config) -> None:
 
 def load_config(run_dir: Path) -> Config:
     """The configuration of a run. Raises CheckpointError if there is no run, ConfigError if it is damaged."""
+    return _load_config(run_dir, Config, "scripts/train.py")
+
+
+def load_prior_config(run_dir: Path) -> PriorConfig:
+    """The configuration of a run's prior. Errors as for ``load_config``."""
+    return _load_config(run_dir / PRIOR, PriorConfig, "scripts/train_prior.py")
+
+
+def _load_config(run_dir: Path, kind: Any, writer: str) -> Any:
     path = run_dir / CONFIG
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); --workdir must be a folder that scripts/train.py wrote"
+            f"{path}: cannot be read ({error.strerror}); --workdir must be a folder that {writer} wrote"
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not text ({error})") from error
-    return from_json(text, path)
+    return from_json(text, path, kind)
 
 
 def newest(folder: Path = RUNS) -> Path:
