@@ -14,7 +14,7 @@ from conftest import ROOT
 
 ROOMS = (
     *("errors", "config", "runtime", "data", "models", "metrics", "training", "evaluation", "coding", "inference"),
-    "trainer",
+    *("trainer", "prior_trainer"),
 )
 NUMERIC = ("models", "metrics", "training")
 NUMERIC_IMPORTS = {"jax", "flax", "optax", "numpy", "vqvae_jax"} | sys.stdlib_module_names

@@ -228,7 +228,7 @@ def test_a_signal_handler_is_put_back(whole):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(ConfigError):
         trainer.train_and_evaluate(tiny(epochs=1), whole[0], log=quietly)
-    with trainer._stop_signals():
+    with trainer.stop_signals():
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 

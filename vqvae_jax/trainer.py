@@ -93,7 +93,7 @@ def train_and_evaluate(
     """
     check_devices(config.training.batch_size, config.training.accumulate)
     check_ssim(config)
-    with _claimed(run_dir, resume):
+    with claimed_by_first(run_dir, resume):
         return _train_and_evaluate(config, run_dir, resume, log if distributed.is_first() else _quiet)
 
 
@@ -110,7 +110,7 @@ def _train_and_evaluate(config: Config, run_dir: Path, resume: bool, log: Callab
         vgg_variables = _load_vgg(config)
     trainer = Trainer(config, run_dir, survey, vgg_variables, log)
     try:
-        with trainer, _stop_signals() as received:
+        with trainer, stop_signals() as received:
             stop = distributed.Stop(received)
             trainer.start(resume)
             if distributed.is_first():
@@ -127,7 +127,7 @@ def _train_and_evaluate(config: Config, run_dir: Path, resume: bool, log: Callab
 
 
 @contextlib.contextmanager
-def _claimed(run_dir: Path, resume: bool) -> Iterator[None]:
+def claimed_by_first(run_dir: Path, resume: bool) -> Iterator[None]:
     """`runs.claimed` by the first process; the others see that they share its folder."""
     with contextlib.ExitStack() as stack:
         with distributed.first_alone():
@@ -385,7 +385,7 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """A list that receives the first SIGTERM or SIGINT; a second one acts as it would without us."""
     received: list[int] = []
     numbers = (signal.SIGTERM, signal.SIGINT)

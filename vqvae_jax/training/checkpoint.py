@@ -36,6 +36,7 @@ class Progress:
     """Where a run is: what a checkpoint holds beside the arrays.
 
     ``slices`` is the number of training slices (0 where a model was imported), ``sums`` are over the epoch so far.
+    ``score`` is the best so far, and ``epochs_since`` how many epochs ago it was.
     """
 
     epoch: int = 0
@@ -43,6 +44,8 @@ class Progress:
     slices: int = 0
     loader: dict[str, Any] = dataclasses.field(default_factory=dict)
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    score: float = -1.0
+    epochs_since: int = 0
 
 
 class Checkpoints:
@@ -50,6 +53,7 @@ class Checkpoints:
 
     Args:
       run_dir: the run's folder.
+      metric: the name of what is highest in the best one; no score is below -1.
       read_only: never create or delete anything.
 
     Raises:
@@ -57,8 +61,9 @@ class Checkpoints:
       ConfigError: its path is one that checkpoints cannot be restored from.
     """
 
-    def __init__(self, run_dir: Path, *, read_only: bool = False):
+    def __init__(self, run_dir: Path, metric: str = BEST_METRIC, *, read_only: bool = False):
         runs.check_name(run_dir)
+        self._metric = metric
         self.folder = run_dir.absolute() / runs.CHECKPOINTS
         # Opening a manager creates its folder, even one for reading.
         if read_only and not self.folder.is_dir():
@@ -67,13 +72,13 @@ class Checkpoints:
         policy = preservation_policy.AnyPreservationPolicy(
             [
                 preservation_policy.LatestN(1),
-                preservation_policy.BestN(get_metric_fn=_best_metric, reverse=False, n=1),
+                preservation_policy.BestN(get_metric_fn=self._best_metric, reverse=False, n=1),
             ]
         )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
             create=not read_only,
-            best_fn=_best_metric,
+            best_fn=self._best_metric,
             best_mode="max",
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
@@ -83,13 +88,13 @@ class Checkpoints:
         """Names the checkpoint whose metrics are damaged; Orbax would not open any of them."""
         for path in sorted(self.folder.glob("[0-9]*/metrics/metrics")):
             try:
-                json.loads(path.read_text())[BEST_METRIC]
+                json.loads(path.read_text())[self._metric]
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(
                     f"{path}: is damaged; remove {path.parents[1]} to use the run's other checkpoint"
                 ) from error
 
-    def save(self, state: TrainState, progress: Progress, ssim: float | None) -> None:
+    def save(self, state: TrainState, progress: Progress, score: float | None) -> None:
         """Starts saving in the background. Saving a step that is already there does nothing.
 
         Raises:
@@ -107,7 +112,7 @@ class Checkpoints:
             progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
         )
         # Saved between two evaluations: never the best.
-        metrics = {BEST_METRIC: -1.0 if ssim is None or math.isnan(ssim) else ssim}
+        metrics = {self._metric: -1.0 if score is None or math.isnan(score) else max(score, -1.0)}
         self._explained("written", lambda: self._manager.save(step, args=items, metrics=metrics), _FREE_SPACE)
 
     def wait(self) -> None:
@@ -177,6 +182,9 @@ class Checkpoints:
                 checksums = {str(path.relative_to(folder)): zlib.crc32(path.read_bytes()) for path in files}
                 (folder / CHECKSUMS).write_text(json.dumps(checksums))
 
+    def _best_metric(self, metrics: dict[str, float]) -> float:
+        return metrics[self._metric]
+
     def _explained(self, done: str, action: Callable[[], Any], way_on: str = "") -> Any:
         """Runs an Orbax call; whatever it raises becomes one line that names the folder."""
         try:
@@ -217,10 +225,6 @@ def _check_shapes(folder: Path, variables: Any) -> None:
         if stored.get(name) != expected.get(name):
             found, wanted = stored.get(name, "absent"), expected.get(name, "absent")
             raise ValueError(f"{name} is {found}, but {wanted} in the model of config.json")
-
-
-def _best_metric(metrics: dict[str, float]) -> float:
-    return metrics[BEST_METRIC]
 
 
 def _optimizer_tree(state: TrainState) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, Variable
     def train_step(state, images, vgg_variables):
         if config.augmentation != AugmentationConfig():
             key = key_for(config.training.seed, Purpose.AUGMENTATION, state.step)
-            images = augment(key, images, config.augmentation, _places(len(images)))
+            images = augment(key, images, config.augmentation, places(len(images)))
 
         def forward(params, images):
             return model.apply(
@@ -101,7 +101,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, Variable
         state = state.apply_gradients(grads=gradients, model_state=model_state)
         return state, StepMetrics(losses, optax.tree.norm(gradients), counts)
 
-    return _pmap(train_step, (None, 0, None), (None, None), compilation.GRADIENT, donate=(0,))
+    return pmapped(train_step, (None, 0, None), (None, None), compilation.GRADIENT, donate=(0,))
 
 
 def fitted_train_step(config: Config, *arguments: Any) -> tuple[Callable, str]:
@@ -139,8 +139,8 @@ def make_eval_step(config: Config) -> Callable[[Variables, jax.Array, jax.Array]
         counts = jnp.zeros(config.model.num_embeddings, jnp.float32).at[indices].add(weights)
         return output.reconstruction, indices, jax.lax.psum(counts, AXIS)
 
-    pmapped = _pmap(eval_step, (None, 0, 0), (0, 0, None), compilation.FORWARD)
-    return lambda variables, images, mask: EvalOutput(*pmapped(variables, images, mask))
+    program = pmapped(eval_step, (None, 0, 0), (0, 0, None), compilation.FORWARD)
+    return lambda variables, images, mask: EvalOutput(*program(variables, images, mask))
 
 
 def check_devices(batch_size: int, accumulate: int = 1) -> None:
@@ -181,18 +181,18 @@ def _remat(function: Callable, kept: str) -> Callable:
     return jax.checkpoint(function, policy=jax.checkpoint_policies.save_only_these_names(*KEPT[kept]))
 
 
-def _places(count: int) -> jax.Array:
+def places(count: int) -> jax.Array:
     """Where this device's ``count`` images are in the whole batch, which ``loader.TrainLoader`` deals to processes."""
     process, device = jnp.divmod(jax.lax.axis_index(AXIS), jax.local_device_count())
     return (device * count + jnp.arange(count)) * jax.process_count() + process
 
 
-def _pmap(
+def pmapped(
     function: Callable, in_axes: tuple, out_axes: Any, cpu_options: dict[str, str], donate: tuple[int, ...] = ()
 ) -> Callable:
     """``jax.pmap``, compiled with our options where one process runs alone: a pmap of several cannot be jitted."""
-    pmapped = jax.pmap(function, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, donate_argnums=donate)
-    return pmapped if jax.process_count() > 1 else compilation.jit(pmapped, donate, cpu_options)
+    program = jax.pmap(function, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, donate_argnums=donate)
+    return program if jax.process_count() > 1 else compilation.jit(program, donate, cpu_options)
 
 
 def check_ssim(config: Config) -> None:
