@@ -213,8 +213,8 @@ def test_an_impossible_nifti_header_is_refused_although_the_checksum_is_right(ax
 
 def test_a_newer_version_is_named():
     content = vqz.to_bytes(example())
-    with pytest.raises(DataError, match="version 2; expected 1"):
-        vqz.from_bytes(with_checksum(content[:8] + b"\x02\x00" + content[10:-4]))
+    with pytest.raises(DataError, match="version 3; expected 1 or 2"):
+        vqz.from_bytes(with_checksum(content[:8] + b"\x03\x00" + content[10:-4]))
 
 
 @pytest.mark.parametrize("name", ["absent.vqz", "folder.vqz", "text.vqz"])
