@@ -9,6 +9,7 @@ import _files
 import tyro
 
 import vqvae_jax
+from vqvae_jax.coding import vqz
 from vqvae_jax.inference import vqz_files
 from vqvae_jax.runtime import runs
 
@@ -27,6 +28,8 @@ class Flags:
     """The best checkpoint by validation SSIM, or the newest."""
     force: bool = False
     """Decode with another model than the one that encoded, to another image."""
+    salvage: bool = False
+    """Take what is whole of a damaged file that a prior coded; slices that are lost are black."""
     overwrite: bool = False
     """Replace files that are there."""
     platform: _command.Platform = "auto"
@@ -45,8 +48,10 @@ def main() -> int:
 
     def decode(name: Path) -> None:
         path_out = flags.target / names[name]
-        options = {"force": flags.force, "overwrite": flags.overwrite, "progress": True}
-        vqz_files.decode_file(model, flags.source / name, path_out, **options)
+        options = {"force": flags.force, "salvage": flags.salvage, "overwrite": flags.overwrite, "progress": True}
+        lost = vqz_files.decode_file(model, flags.source / name, path_out, **options)
+        if lost:
+            _files.say(f"Warning: {flags.source / name}: is damaged: {vqz.described(lost)} are lost, and black")
         _files.say(f"Written: {path_out}")
 
     return _files.for_each(list(names), decode)

@@ -288,8 +288,6 @@ class PriorConfig:
     """Residual blocks of two 3 x 3 convolutions."""
     neighbours: int = 2
     """Slices before each that are given with it."""
-    rounded_share: float = 0.25
-    """Share of the epochs, the last ones, that train with the 8-bit numbers which coding computes with."""
     patience: int = 8
     """Stop after so many epochs without better bits on the validation split."""
     seed: int = 0
@@ -300,7 +298,6 @@ class PriorConfig:
     def __post_init__(self):
         _require_positive(self, "epochs", "batch_size", "learning_rate", "blocks", "neighbours", "patience")
         _require(1 <= self.channels <= 80, "channels", self.channels, "from 1 to 80 (sums must stay below 2**24)")
-        _require(0 <= self.rounded_share <= 1, "rounded_share", self.rounded_share, "from 0 to 1")
         _require(0 <= self.seed <= LARGEST_SEED, "seed", self.seed, f"between 0 and {LARGEST_SEED}")
 
 

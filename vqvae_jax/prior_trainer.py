@@ -24,6 +24,7 @@ from vqvae_jax.training import checkpoint
 from vqvae_jax.training.checkpoint import Checkpoints, Progress
 from vqvae_jax.training.prior_data import Codes, CodeSource
 from vqvae_jax.training.prior_step import (
+    METRIC,
     Grids,
     codebook_of,
     create_prior_state,
@@ -34,8 +35,6 @@ from vqvae_jax.training.prior_step import (
 from vqvae_jax.training.state import Variables
 from vqvae_jax.training.step import check_devices, replicate, split_over_devices
 
-METRIC = "share_saved"
-"""1 - bits a code / log2 K: what the best prior is chosen by."""
 VALIDATED = 96
 """At most so many slices of the validation split, spread over it, are looked at after each epoch."""
 
@@ -120,7 +119,7 @@ class PriorTrainer:
         total = config.epochs * self._steps
         self._schedule = learning_rate_schedule(config, total)
         self._state = create_prior_state(config, run.model, codebook_of(variables), total)
-        self._programs: dict[bool, Callable] = {}
+        self._step = make_prior_train_step(config, run.model)
         self._progress = Progress(slices=len(train))
         self._checkpoints = Checkpoints(self._folder, METRIC)
         self._metrics: MetricsLog | None = None
@@ -139,18 +138,15 @@ class PriorTrainer:
         """Restores the newest checkpoint if told to, and opens the logs."""
         if resume and not self._checkpoints.empty():
             self._state, self._progress = self._checkpoints.restore(self._state, "newest")
-            if self._progress.slices != self._source_size():
+            if self._progress.slices != len(self._source):
                 raise ConfigError(
-                    f"the run's data have {self._source_size()} training slices, but the prior was trained on "
+                    f"the run's data have {len(self._source)} training slices, but the prior was trained on "
                     f"{self._progress.slices}; give it the data it had, or remove {self._folder}"
                 )
             self._log(f"Resuming at step {int(self._state.step)}, epoch {self._progress.epoch + 1}")
         self._state = replicate(self._state)
         if distributed.is_first():
             self._metrics = MetricsLog(self._folder, int(self._state.step))
-
-    def _source_size(self) -> int:
-        return len(self._source)
 
     def run(self, stop: distributed.Stop) -> None:
         """Trains until the last epoch is done, nothing has improved for long, or told to stop."""
@@ -172,22 +168,16 @@ class PriorTrainer:
         order = np.random.default_rng((integer_for(config.seed, Purpose.PRIOR_ORDER), progress.epoch))
         batches = order.permutation(len(codes.indices))[: self._steps * config.batch_size]
         batches = batches.reshape(self._steps, config.batch_size)[:, jax.process_index() :: jax.process_count()]
-        step = self._program(progress.epoch >= round(config.epochs * (1 - config.rounded_share)))
         losses = []
         while progress.steps_in_epoch < self._steps and not stop.soon():
             grids = jax.tree.map(split_over_devices, codes.grids(batches[progress.steps_in_epoch]))
-            self._state, loss = step(self._state, grids)
+            self._state, loss = self._step(self._state, grids)
             losses.append(loss)
             progress.steps_in_epoch += 1
             if len(losses) > 2:
                 self._collect(losses.pop(0))
         for loss in losses:
             self._collect(loss)
-
-    def _program(self, rounded: bool) -> Callable:
-        if rounded not in self._programs:
-            self._programs[rounded] = make_prior_train_step(self._config, self._run.model, rounded=rounded)
-        return self._programs[rounded]
 
     def _collect(self, loss: jax.Array) -> None:
         value = float(loss)
@@ -233,7 +223,7 @@ class PriorTrainer:
 
 
 class PriorValidator:
-    """Bits that the rounded prior spends on a split's codes, in the coding order, given the slices before."""
+    """Bits that the prior spends on a split's codes, in the coding order, given the slices before."""
 
     def __init__(self, config: PriorConfig, run: Config, source: CodeSource):
         self._source = source

@@ -8,7 +8,6 @@ import constriction
 import numpy as np
 
 from vqvae_jax.coding.entropy import PROBABILITY_BITS
-from vqvae_jax.errors import DataError
 from vqvae_jax.models import rounding
 from vqvae_jax.models.prior import coding_order
 from vqvae_jax.models.prior_integers import PriorProgram
@@ -49,16 +48,20 @@ def frequencies(logits: np.ndarray) -> np.ndarray:
     return np.diff(cumulative * free // cumulative[:, -1:], axis=1, prepend=0)
 
 
-def bits(indices: np.ndarray, program: PriorProgram) -> np.ndarray:
-    """Bits float64 [N, h, w] that the coder spends on each code of consecutive slices int [N, h, w]."""
+def bits(indices: np.ndarray, program: PriorProgram, *, alone: bool = False) -> np.ndarray:
+    """Bits float64 [N, h, w] that the coder spends on each code of consecutive slices int [N, h, w].
+
+    With ``alone``, on each slice without those before.
+    """
     found = np.zeros(indices.shape)
+    size = 1 if alone else GROUP
 
     def step(group: int, number: int, place: tuple, model: np.ndarray, symbols: np.ndarray) -> np.ndarray:
         own = np.take_along_axis(model, symbols[:, None].astype(np.int64), axis=1)[:, 0]
-        found[GROUP * group + number][place] = PROBABILITY_BITS - np.log2(own + 1.0)
+        found[size * group + number][place] = PROBABILITY_BITS - np.log2(own + 1.0)
         return symbols
 
-    _visit(_grouped(indices), program, step)
+    _visit(_grouped(indices, size), program, step)
     return found
 
 
@@ -113,19 +116,13 @@ def number_of_groups(slices: int) -> int:
     return -(-slices // GROUP)
 
 
-def check(program: PriorProgram, num_embeddings: int) -> None:
-    """Raises DataError where the prior is one of other codes."""
-    if program.prior.num_embeddings != num_embeddings:
-        raise DataError(f"has {num_embeddings} kinds of codes, but the prior {program.prior.num_embeddings}")
-
-
 def _family() -> constriction.stream.model.Categorical:
     return constriction.stream.model.Categorical(perfect=False)
 
 
-def _grouped(indices: np.ndarray) -> list[np.ndarray]:
-    """Views of up to GROUP slices each."""
-    return [indices[start : start + GROUP] for start in range(0, len(indices), GROUP)]
+def _grouped(indices: np.ndarray, size: int = GROUP) -> list[np.ndarray]:
+    """Views of up to ``size`` slices each."""
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
 def _visit(groups: list[np.ndarray], program: PriorProgram, step: Callable[..., np.ndarray]) -> None:

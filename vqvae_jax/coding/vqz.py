@@ -146,7 +146,7 @@ def from_bytes(content: bytes, prior: PriorProgram | None = None, *, salvage: bo
     except DataError as error:
         raise DataError(f"{error}; {_ADVICE}") from error
     if lost and not salvage:
-        raise DataError(f"is damaged: {_described(lost)} are lost; copy it again, or take the others with --salvage")
+        raise DataError(f"is damaged: {described(lost)} are lost; copy it again, or take the others with --salvage")
     return file
 
 
@@ -160,6 +160,12 @@ def save(path: Path, file: VqzFile, prior: PriorProgram | None = None) -> int:
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     return len(content)
+
+
+def is_by_prior(path: Path) -> bool:
+    """Whether a .vqz file's codes are coded by a prior."""
+    with path.open("rb") as file:
+        return _PREFIX.unpack(file.read(_PREFIX.size))[1] == BY_PRIOR
 
 
 def load(path: Path, prior: PriorProgram | None = None, *, salvage: bool = False) -> VqzFile:
@@ -275,7 +281,7 @@ def _check_prior(fingerprint: str, num_embeddings: int, program: PriorProgram | 
         )
 
 
-def _described(slices: Sequence[int]) -> str:
+def described(slices: Sequence[int]) -> str:
     """Runs of slices, counted from 1, for people."""
     starts = [number for number in slices if number - 1 not in slices]
     ends = [number for number in slices if number + 1 not in slices]

@@ -15,10 +15,13 @@ import numpy as np
 import tqdm
 
 from vqvae_jax import metrics
+from vqvae_jax.coding import prior_coder
 from vqvae_jax.coding.encoded import EncodedImages, EncodedNifti
 from vqvae_jax.config import Config
 from vqvae_jax.data import grid, intensity, nifti, nifti_write, slice_axes
-from vqvae_jax.errors import DataError
+from vqvae_jax.errors import CheckpointError, DataError
+from vqvae_jax.inference import prior
+from vqvae_jax.models.prior_integers import PriorProgram
 from vqvae_jax.models.vqvae import VQVAE, decoding_variables
 from vqvae_jax.runtime import compilation, runs
 from vqvae_jax.training import checkpoint
@@ -77,7 +80,7 @@ def load(run_dir: str | Path, which: checkpoint.Which = "best") -> "TrainedModel
     """
     run_dir = Path(run_dir)
     config = runs.load_config(run_dir)
-    return TrainedModel(config, checkpoint.load_variables(run_dir, config, which))
+    return TrainedModel(config, checkpoint.load_variables(run_dir, config, which), run_dir)
 
 
 class TrainedModel:
@@ -94,6 +97,7 @@ class TrainedModel:
     Args:
       config: the run's configuration.
       variables: its model's variables.
+      run_dir: where to look for a prior over its codes.
 
     Example:
       >>> images = np.random.default_rng(0).integers(0, 4096, (3, 45, 23))
@@ -104,8 +108,9 @@ class TrainedModel:
       True
     """
 
-    def __init__(self, config: Config, variables: Variables):
+    def __init__(self, config: Config, variables: Variables, run_dir: Path | None = None):
         self.config = config
+        self._run_dir = run_dir
         self._variables = jax.device_put(variables, jax.local_devices()[0])
         model = VQVAE(config.model)
         self._to_indices = compilation.jit(functools.partial(model.apply, method="to_indices"))
@@ -124,6 +129,34 @@ class TrainedModel:
             digest.update(f"{path} {leaf.shape}".encode())
             digest.update(np.asarray(leaf, "<f4").tobytes())
         return digest.hexdigest()
+
+    @functools.cached_property
+    def prior(self) -> PriorProgram | None:
+        """The prior over this model's codes, which scripts/train_prior.py trains; None where there is none.
+
+        Raises:
+          CheckpointError, ConfigError: it cannot be read.
+        """
+        return None if self._run_dir is None else prior.load(self._run_dir, self.config, self.fingerprint)
+
+    def bits(self, x: np.ndarray, *, volume: bool = False, progress: bool = False) -> np.ndarray:
+        """How unlikely the codes of images are by the prior: float64 [N, h, w], bits for each code.
+
+        Their sum over a slice is what its codes take in a .vqz file.
+
+        Args:
+          x: images as for ``reconstruct``.
+          volume: they are consecutive slices of a volume. Each is then given those before, but for every 16th.
+          progress: show a progress bar where it takes long.
+
+        Raises:
+          DataError: as for ``reconstruct``.
+          CheckpointError: the run has no prior, or it cannot be read.
+        """
+        if self.prior is None:
+            raise CheckpointError(f"{self._run_dir}: has no prior over its codes; train one by scripts/train_prior.py")
+        indices = self.encode(x, progress=progress).indices
+        return prior_coder.bits(indices, self.prior, alone=not volume)
 
     def reconstruct(
         self, x: np.ndarray, *, intensity_range: tuple[float, float] | None = None, progress: bool = False

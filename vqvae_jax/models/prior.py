@@ -99,6 +99,16 @@ class Prior(nn.Module):
         bias = self.param("out_bias", nn.initializers.zeros, (self.num_embeddings,))
         return self._activation(stream) @ self._weights(kernel) + bias
 
+    def fresh(self, key: jax.Array) -> Any:
+        """Variables as ``init`` gives them, for grids of the learned size."""
+        grid = jnp.zeros((1, *self.grid), jnp.int32)
+        before = jnp.zeros((1, self.neighbours, *self.grid), jnp.int32)
+        return self.init(key, grid, grid > 0, before, jnp.zeros((1, self.neighbours), bool))
+
+    def shapes(self) -> Any:
+        """Shapes and types of the variables."""
+        return jax.eval_shape(self.fresh, jax.random.key(0))
+
     def _table(self, name: str) -> jax.Array:
         """A vector for each code, and one for none."""
         init = nn.initializers.normal(TABLE_SCALE)
@@ -133,10 +143,7 @@ def init_prior(prior: Prior, codebook: jax.Array, key: jax.Array) -> Any:
 
     Tables and the output's kernel start as random projections of the codebook; later each goes its own way.
     """
-    grid = jnp.zeros((1, *prior.grid), jnp.int32)
-    before = jnp.zeros((1, prior.neighbours, *prior.grid), jnp.int32)
-    variables = prior.init(key, grid, grid > 0, before, jnp.zeros((1, prior.neighbours), bool))
-    params = dict(variables["params"])
+    params = dict(prior.fresh(key)["params"])
     codes = codebook - jnp.mean(codebook, axis=0)
     codes /= jnp.sqrt(jnp.mean(jnp.sum(codes**2, axis=1))) + 1e-12
     for number, name in enumerate(sorted(name for name in params if name.endswith("_table"))):

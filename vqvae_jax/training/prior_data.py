@@ -1,7 +1,7 @@
 """What a prior is trained on: the codes of a split's slices, drawn anew for each epoch from augmented slices."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -59,6 +59,7 @@ class CodeSource:
         self._seed = seed
         samples = [slices.sample(place) for place in range(len(slices))]
         numbers = [sample.slice for sample in samples]
+        self._numbers = numbers
         self._volume = volumes.volumes([s.file for s in samples], [s.case for s in samples], numbers)
         offsets = range(1, neighbours + 1)
         self._before = np.stack([volumes.neighbours(self._volume, numbers, -offset) for offset in offsets], axis=1)
@@ -80,6 +81,12 @@ class CodeSource:
 
     def __len__(self) -> int:
         return len(self._slices)
+
+    def volumes(self) -> Iterator[np.ndarray]:
+        """The places in the split of each volume's slices, in the order of their numbers."""
+        for number in range(int(self._volume.max()) + 1):
+            places = np.flatnonzero(self._volume == number)
+            yield places[np.argsort([self._numbers[place] for place in places], kind="stable")]
 
     def plain(self) -> Codes:
         """Codes of the slices as they are."""
