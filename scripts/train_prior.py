@@ -74,6 +74,7 @@ def main() -> int:
         return 0
     say(
         f"Best on the validation split: {outcome.bits:.3f} bits a code of {outcome.raw_bits:g}\n"
+        f"{prior_trainer.DRAWN} new slices: {run_dir / runs.PRIOR / prior_trainer.PICTURE}\n"
         f"Curves: tensorboard --logdir {run_dir / runs.PRIOR}\n"
         f"Next: python scripts/encode.py IN OUT.vqz --workdir {run_dir}"
     )

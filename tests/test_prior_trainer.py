@@ -75,6 +75,7 @@ def test_it_is_trained_logged_and_better_than_no_prior(whole):
     by_pass = sum(value for name, value in validation[-1].items() if name.startswith("pass_"))
     assert by_pass / 32 == pytest.approx(validation[-1]["bits_per_code"])  # 8 x 4 codes
     assert list((run_dir / "prior").glob("events.out.tfevents.*"))
+    assert (run_dir / "prior" / prior_trainer.PICTURE).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("after", [pytest.param(STEPS_PER_EPOCH - 1, marks=pytest.mark.slow), STEPS_PER_EPOCH + 2])

@@ -280,7 +280,7 @@ class PriorConfig:
     """Passes over the training slices; each encodes them anew, augmented."""
     batch_size: int = 16
     """Slices in one step, over all devices."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     """Adam's highest learning rate; it falls as a cosine to 0 at the end."""
     channels: int = 64
     """Width of the network."""

@@ -14,7 +14,9 @@ import numpy as np
 from vqvae_jax.config import Config, PriorConfig
 from vqvae_jax.data import hip_mri, loader
 from vqvae_jax.errors import CheckpointError, ConfigError, DataError, DivergenceError
-from vqvae_jax.inference.trained_model import TrainedModel
+from vqvae_jax.evaluation import pictures
+from vqvae_jax.inference import samples
+from vqvae_jax.inference.trained_model import TrainedModel, load
 from vqvae_jax.models.prior import PASSES
 from vqvae_jax.runtime import distributed, runs
 from vqvae_jax.runtime.logs import MetricsLog
@@ -35,6 +37,9 @@ from vqvae_jax.training.prior_step import (
 from vqvae_jax.training.state import Variables
 from vqvae_jax.training.step import check_devices, replicate, split_over_devices
 
+PICTURE = "samples.png"
+DRAWN = 16
+"""New slices in the picture that is drawn at the end."""
 VALIDATED = 96
 """At most so many slices of the validation split, spread over it, are looked at after each epoch."""
 
@@ -89,11 +94,14 @@ def train_prior(
                 if distributed.is_first():
                     runs.save_config(run_dir / runs.PRIOR, config)
                 trainer.run(stop)
-                return trainer.outcome(bool(stop))
+                outcome = trainer.outcome(bool(stop))
         except OSError as error:
             raise CheckpointError(
                 f"--workdir {run_dir}: cannot be written ({error}); free space and go on with --resume"
             ) from error
+        if distributed.is_first() and not outcome.stopped:
+            pictures.draw_grid(run_dir / runs.PRIOR / PICTURE, samples.sample(load(run_dir), DRAWN, seed=config.seed))
+    return outcome
 
 
 class PriorTrainer:

@@ -59,7 +59,7 @@ def copies(rng, count, codes, side):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("toy", "steps"), [(chains, 600), (copies, 300)])
+@pytest.mark.parametrize(("toy", "steps"), [(chains, 1500), (copies, 300)])
 def test_a_toy_is_learned_to_its_entropy(toy, steps):
     codes, side, rng = 4, 16, np.random.default_rng(0)
     model = ModelConfig(image_size=(4 * side, 4 * side), num_embeddings=codes, embedding_dim=3)

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from vqvae_jax.runtime.files import write_whole
 
@@ -54,6 +55,22 @@ def draw_reconstructions(path: Path, rows: Sequence[Row]) -> None:
         panel.set_axis_off()
     png = io.BytesIO()
     figure.savefig(png, dpi=_DPI)
+    write_whole(path, png.getvalue())
+
+
+def draw_grid(path: Path, images: np.ndarray) -> None:
+    """Writes a PNG with images [N, H, W] in [0, 1] side by side, about as wide as high.
+
+    The first axis of a slice runs to the right and the second downwards, as in the other pictures.
+    """
+    count, width, height = images.shape
+    columns = max(1, min(count, round((count * height / width) ** 0.5)))
+    rows = -(-count // columns)
+    cells = np.zeros((rows * columns, height + 2, width + 2), np.uint8)
+    cells[:count, 1:-1, 1:-1] = np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8).transpose(0, 2, 1)
+    cells = cells.reshape(rows, columns, height + 2, width + 2).transpose(0, 2, 1, 3)
+    png = io.BytesIO()
+    Image.fromarray(cells.reshape(rows * (height + 2), -1)).save(png, "png")
     write_whole(path, png.getvalue())
 
 

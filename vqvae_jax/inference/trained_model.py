@@ -158,6 +158,17 @@ class TrainedModel:
         indices = self.encode(x, progress=progress).indices
         return prior_coder.bits(indices, self.prior, alone=not volume)
 
+    def codes_within(self, keep: np.ndarray) -> np.ndarray:
+        """Which codes of a slice stand for pixels of a region alone: bool [h, w] of a region bool [H, W].
+
+        What pads the slice to the model's size belongs to the region.
+        """
+        size = self._grid_of(keep.shape)
+        outside = grid.fit(np.where(keep, 0.0, 1.0).astype(np.float32), size, self.config.data.fit)
+        height, width = self.config.model.latent_size_of(size)
+        factor = self.config.model.downsampling
+        return outside.reshape(height, factor, width, factor).max(axis=(1, 3)) == 0
+
     def reconstruct(
         self, x: np.ndarray, *, intensity_range: tuple[float, float] | None = None, progress: bool = False
     ) -> np.ndarray:
