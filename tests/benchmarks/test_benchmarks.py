@@ -102,6 +102,18 @@ def test_inference():
 
 
 @pytest.mark.slow
+def test_time_to_quality(tiny_run):
+    """Both contenders pass a mark that any training passes, and say that they missed one that none does."""
+    pytest.importorskip("torch")
+    phantom = next((tiny_run[0] / "data/phantom").iterdir())
+    small = (*SMALL_MODEL[:-4], "--no-vgg", "--data", phantom, "--epochs", 1, "--batch-size", 2)
+    for mark, said in ((-1, "-1"), (1, "not in")):
+        rows = run_benchmark("time_to_quality.py", *small, "--mark", mark)
+        assert [row.split()[1] for row in rows] == ["jax", "torch"]
+        assert all(said in row for row in rows)
+
+
+@pytest.mark.slow
 def test_input_pipeline():
     rows = run_benchmark("input_pipeline.py", "--files", 40, "--image-size", 32, 16, "--rounds", 1)
     assert len(rows) == 5

@@ -89,6 +89,7 @@ def test_every_metric_equals_scikit_images_on_the_slices_own_grid(setup):
         np.testing.assert_allclose(row.mae, np.abs(own - sample.pixels).mean(), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_other_metrics_are_those_of_each_slice_alone(setup):
     """Against the metrics' own functions, which have tests of their own: batches and padding change nothing."""
     config, slices, variables = setup
@@ -106,6 +107,7 @@ def test_the_other_metrics_are_those_of_each_slice_alone(setup):
     assert "perceptual" not in summary and "perceptual" not in text
 
 
+@pytest.mark.slow
 def test_perceptual_distance_where_there_are_weights_and_room(setup):
     """relu4_1 lies behind three pools: 8 pixels a side. A slice of 7 x 7 has every other metric."""
     config, _, variables = setup
@@ -125,6 +127,7 @@ def test_perceptual_distance_where_there_are_weights_and_room(setup):
     assert "perceptual distance: " in "".join(table.describe(found, config))
 
 
+@pytest.mark.slow
 def test_means_and_counts_do_not_depend_on_the_batch(setup):
     config, slices, variables = setup
     results = []

@@ -137,6 +137,7 @@ def test_without_torch_the_error_says_how_to_install_it(monkeypatch, tmp_path):
         torch_import.read_state_dict(tmp_path / "any.pth")
 
 
+@pytest.mark.slow
 def test_a_run_is_not_overwritten(imported):
     place, _ = imported
     done = run_script("import_torch.py", "--checkpoint", "vqvae_hipmri.pth", "--workdir", "runs/imported", cwd=place)
@@ -144,6 +145,7 @@ def test_a_run_is_not_overwritten(imported):
     assert "already holds a run" in done.stderr
 
 
+@pytest.mark.slow
 def test_an_imported_run_can_be_trained_on(imported):
     place, _ = imported
     flags = ("--platform", "cpu", "--data", "set", "--epochs", 1, "--vgg-weights", "random")

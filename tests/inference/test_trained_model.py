@@ -359,6 +359,7 @@ def test_the_fingerprint_in_older_files_is_still_the_models():
     assert TrainedModel(config, variables).fingerprint == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["projected", "imported"])
 def test_a_jax_of_64_bits_gives_the_same_codes_images_and_fingerprint(name):
     x = smooth(3, *SIZE)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqvae_jax.models.batch_norm import batch_norm
+from vqvae_jax.models.batch_norm import add_bias, batch_norm
 
 EPSILON, AXIS = 1e-5, "batch"
 RNG = np.random.default_rng(0)
@@ -74,3 +74,15 @@ def test_bfloat16_is_summed_in_float32():
     assert found[1].dtype == gradients[1].dtype == jnp.float32
     assert_close((found[1:], gradients[1:]), (expected[1:], expected_gradients[1:]), 1e-4)
     assert_close((found[0], gradients[0]), (expected[0], expected_gradients[0]), 2e-2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_biass_gradient_is_summed_in_float32(dtype):
+    """Of 4096 ones, a sum in bfloat16 would stop at 256."""
+    x, bias = jnp.zeros((4, 32, 32, 3), dtype), jnp.arange(3.0)
+    found, pull = jax.vjp(add_bias, x, bias)
+    to_x, to_bias = pull(jnp.ones_like(found))
+    assert found.dtype == to_x.dtype == dtype
+    np.testing.assert_array_equal(np.float32(found), np.broadcast_to([0, 1, 2], x.shape))
+    np.testing.assert_array_equal(np.float32(to_x), 1)
+    np.testing.assert_array_equal(to_bias, [4096] * 3)

@@ -150,8 +150,8 @@ def test_residual_block_equals_torch(torch, shape, residual):
         return activation(x + norm2(conv2(activation(norm1(conv1(x))))))
 
     params = {
-        "conv1": {"conv": from_torch(conv1)},
-        "conv2": {"conv": from_torch(conv2)},
+        "conv1": from_torch(conv1),
+        "conv2": from_torch(conv2),
         "norm1": params1,
         "norm2": params2,
     }
@@ -166,9 +166,7 @@ def test_residual_block_equals_torch(torch, shape, residual):
     assert_close(found, expected)
     assert_close(found_dx, dx)
     for name, conv in (("conv1", conv1), ("conv2", conv2)):
-        np.testing.assert_allclose(
-            gradients[name]["conv"]["kernel"], gradients_of(conv)["kernel"], rtol=1e-4, atol=1e-4
-        )
+        np.testing.assert_allclose(gradients[name]["kernel"], gradients_of(conv)["kernel"], rtol=1e-4, atol=1e-4)
 
 
 def attention_params(features):

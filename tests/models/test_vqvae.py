@@ -126,6 +126,7 @@ def test_reference_network_has_the_published_size():
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == 6_665_475
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("update", "code_dim"), TWO_MODELS)
 def test_parts_make_up_the_whole(update, code_dim):
     config, variables = trained(update, code_dim)
@@ -189,6 +190,7 @@ def test_inference_uses_the_running_statistics():
         assert np.all(before != after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("update", UPDATES)
 def test_only_training_changes_what_the_model_keeps(update):
     config, variables = trained(update)

@@ -32,6 +32,7 @@ def files_in(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
 
 
+@pytest.mark.slow
 def test_a_folder_is_mirrored_and_a_bad_file_does_not_stop_the_others(place):
     (place / "in/aa.nii").write_bytes(b"broken")
     done = reconstruct(place, "in", "out", "--difference", "differences")

@@ -272,7 +272,10 @@ def test_a_disk_that_fills_at_the_second_save_ends_in_one_line(tiny_run, small_d
     assert [path.name for path in (place / "run/checkpoints").glob("[0-9]") if (path / "crc32.json").is_file()] == ["3"]
 
 
-@pytest.mark.parametrize("damage", ["no config", "bad config", "no checkpoint", "corrupt checkpoint"])
+DAMAGES = ("bad config", "no checkpoint", "corrupt checkpoint")
+
+
+@pytest.mark.parametrize("damage", ["no config", *(pytest.param(kind, marks=pytest.mark.slow) for kind in DAMAGES)])
 def test_eval_refuses_a_damaged_run(tiny_run, tmp_path, damage):
     run = tmp_path / "run"
     shutil.copytree(tiny_run[0] / "runs/tiny", run)

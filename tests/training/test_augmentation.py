@@ -27,6 +27,7 @@ def test_off_is_the_identity():
     np.testing.assert_array_equal(augment(KEY, images, AugmentationConfig()), images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_image_is_changed_by_its_own_draw(kind):
     images = np.repeat(smooth_images(1), 8, axis=0)

@@ -67,6 +67,7 @@ def test_accumulated_gradients_count_as_one_step_of_their_mean():
     assert not np.any(found[0::3]) and not np.any(found[1::3])
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_initial_state():
     def parameters(seed):
         config = Config(model=MODEL, training=TrainingConfig(seed=seed))

@@ -345,6 +345,7 @@ def by_devices(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 4])
 def test_devices_together_take_the_step_of_one(by_devices, devices):
     """Same losses, parameters, batch statistics and counts, since gradients pass through the statistics of all."""

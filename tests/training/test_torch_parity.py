@@ -29,7 +29,7 @@ def tensors(record, prefix):
     return {name.removeprefix(prefix): record[name] for name in record if name.startswith(prefix)}
 
 
-@pytest.fixture(scope="module", params=["torch", "golden"])
+@pytest.fixture(scope="module", params=[pytest.param("torch", marks=pytest.mark.slow), "golden"])
 def record(request):
     """What PyTorch computes: now, and as it was written down."""
     if request.param == "golden":

@@ -214,10 +214,10 @@ def _tensors(channels: int, hidden: int, dim: int, codes: int) -> Iterator[tuple
     yield from _norm("encoder.bn2", "encoder.norm2", hidden)
     yield from _blocks("encoder", hidden)
     yield from _attention("encoder", hidden)
-    yield from _conv("encoder.conv3", "encoder.conv3.conv", (dim, hidden, 3, 3))
+    yield from _conv("encoder.conv3", "encoder.conv3", (dim, hidden, 3, 3))
     yield from _norm("encoder.bn3", "encoder.norm3", dim)
     yield "quantizer.embedding.weight", _Tensor(("params", "quantizer", "codebook"), (codes, dim))
-    yield from _conv("decoder.conv1", "decoder.conv1.conv", (dim, hidden, 3, 3), "conv of a transposed one")
+    yield from _conv("decoder.conv1", "decoder.conv1", (dim, hidden, 3, 3), "conv of a transposed one")
     yield from _norm("decoder.bn1", "decoder.norm1", hidden)
     yield from _attention("decoder", hidden)
     yield from _blocks("decoder", hidden)
@@ -230,7 +230,7 @@ def _blocks(part: str, hidden: int) -> Iterator[tuple[str, _Tensor]]:
     for block in (0, 1):
         theirs, ours = f"{part}.res_blocks.{block}", f"{part}.residual{block + 1}"
         for number in (1, 2):
-            yield from _conv(f"{theirs}.conv{number}", f"{ours}.conv{number}.conv", (hidden, hidden, 3, 3))
+            yield from _conv(f"{theirs}.conv{number}", f"{ours}.conv{number}", (hidden, hidden, 3, 3))
             yield from _norm(f"{theirs}.bn{number}", f"{ours}.norm{number}", hidden)
 
 

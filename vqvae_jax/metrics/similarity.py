@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Wang et al. 2004 for K1 and K2; the uniform 7 x 7 window is scikit-image's default.
 SSIM_WINDOW = 7
@@ -172,10 +173,20 @@ _window_moments.defvjp(_moments_and_residuals, _gradient_of_moments)
 
 
 def _spread(x: jax.Array) -> jax.Array:
-    """Sum over the windows that hold each pixel: [N, H - 6, W - 6] -> [N, H, W]."""
-    reach = SSIM_WINDOW - 1
-    padded = jnp.pad(x, ((0, 0), (reach, reach), (reach, reach)))
-    return sum(_shifts(sum(_shifts(padded, axis=1)), axis=2))
+    """Sum over the windows that hold each pixel: [N, H - 6, W - 6] -> [N, H, W].
+
+    Two products, with matrices of ones where a window holds a pixel. XLA fuses a sum of padded, shifted images with
+    all that comes before it, and computes that anew for each shift.
+    """
+
+    def windows(runs: int) -> jax.Array:
+        behind = np.arange(runs + SSIM_WINDOW - 1) - np.arange(runs)[:, None]
+        return jnp.asarray((behind >= 0) & (behind < SSIM_WINDOW), x.dtype)
+
+    rows, columns = windows(x.shape[1]), windows(x.shape[2])
+    highest = jax.lax.Precision.HIGHEST
+    along_rows = jnp.matmul(x, columns, precision=highest)  # the last axis first: the other order transposes x
+    return jnp.matmul(jnp.broadcast_to(rows.T, (len(x), *rows.T.shape)), along_rows, precision=highest)
 
 
 def _line_moments(a: jax.Array, b: jax.Array, *, axis: int) -> tuple[jax.Array, ...]:

@@ -1,4 +1,4 @@
-"""Batch norm with a gradient of its own, whose sums over pixels XLA cannot fuse with what comes before them."""
+"""Batch norm and biases with gradients of their own, whose sums over pixels XLA cannot fuse with anything."""
 
 import functools
 
@@ -46,7 +46,7 @@ def _backward(epsilon, axis_name, kept, cotangents):
     x, mean, deviation, scale = kept
     gradient = cotangents[0].astype(jnp.float32)
     normal = (x.astype(jnp.float32) - mean) * deviation
-    to_bias, to_scale = _sum(gradient), _sum(gradient * normal)
+    to_bias, to_scale = channel_sums(gradient), channel_sums(gradient * normal)
     pixels = x.size // x.shape[-1]
     # The result depends on the statistics, so on every device's pixels.
     if axis_name is None:
@@ -60,13 +60,25 @@ def _backward(epsilon, axis_name, kept, cotangents):
 batch_norm.defvjp(_forward, _backward)
 
 
+@jax.custom_vjp
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x + bias: [..., C], [C] -> [..., C], in ``x``'s type. The gradient by the bias is a sum in float32."""
+    return x + bias.astype(x.dtype)
+
+
+add_bias.defvjp(
+    lambda x, bias: (add_bias(x, bias), None),
+    lambda _, gradient: (gradient, channel_sums(gradient.astype(jnp.float32))),
+)
+
+
 def _mean(values: jax.Array, axis_name: str | None) -> jax.Array:
-    mean = _sum(values) / (values.size // values.shape[-1])
+    mean = channel_sums(values) / (values.size // values.shape[-1])
     return mean if axis_name is None else jax.lax.pmean(mean, axis_name)
 
 
-def _sum(values: jax.Array) -> jax.Array:
-    """Sum over all axes but the last: float32 [..., C] -> [C]."""
+def channel_sums(values: jax.Array) -> jax.Array:
+    """Sum over all axes but the last: float32 [..., C] -> [C]. On a CPU it is a product, which XLA never fuses."""
     flat = values.reshape(-1, values.shape[-1])
     if jax.default_backend() != "cpu":
         return jnp.sum(flat, axis=0)

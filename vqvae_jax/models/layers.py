@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from vqvae_jax.models.batch_norm import batch_norm
+from vqvae_jax.models.batch_norm import add_bias, batch_norm
 
 LEAKY_SLOPE = 0.2
 BATCH_NORM_MOMENTUM = 0.9
@@ -41,27 +41,34 @@ def leaky_relu(x: jax.Array) -> jax.Array:
 
 
 class Conv(nn.Module):
-    """Convolution [N, H, W, C] -> [N, H / stride, W / stride, features], padded by ``padding`` on each side."""
+    """3 x 3 convolution, padded: [N, H, W, C] -> [N, H, W, features]; ``kernel`` is [3, 3, C, features]."""
 
     features: int
-    size: int
-    stride: int = 1
-    padding: int = 0
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        convolution = nn.Conv(
-            self.features,
-            (self.size, self.size),
-            strides=self.stride,
-            padding=self.padding,
-            dtype=self.dtype,
-            kernel_init=kernel_init,
-            bias_init=bias_init(self.size**2 * x.shape[-1]),
-            name="conv",
-        )
-        return checkpoint_name(convolution(x), EXPENSIVE)
+        kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", bias_init(9 * x.shape[-1]), (self.features,), jnp.float32)
+        out = _convolve(x.astype(self.dtype), kernel.astype(self.dtype), "SAME")
+        return checkpoint_name(add_bias(out, bias), EXPENSIVE)
+
+
+class Dense(nn.Module):
+    """Linear map of the last axis: [..., C] -> [..., features]. ``kernel`` is [C, features]."""
+
+    features: int
+    dtype: Dtype = jnp.float32
+    precision: jax.lax.Precision | None = None
+    kernel_init: Callable = kernel_init
+    bias_init: Callable | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        kernel = self.param("kernel", self.kernel_init, (channels, self.features), jnp.float32)
+        bias = self.param("bias", self.bias_init or bias_init(channels), (self.features,), jnp.float32)
+        return add_bias(_multiply(x.astype(self.dtype), kernel.astype(self.dtype), self.precision), bias)
 
 
 class Norm(nn.Module):
@@ -94,8 +101,8 @@ class Norm(nn.Module):
 class Downsample(nn.Module):
     """4 x 4 convolution of stride 2, padding 1: [N, H, W, C] -> [N, H / 2, W / 2, features].
 
-    ``kernel`` is [4, 4, C, features]. Computed as a 2 x 2 convolution of blocks of 2 x 2 pixels. On a CPU, XLA's own
-    strided convolution has a gradient several times slower.
+    ``kernel`` is [4, 4, C, features]. Computed as a 2 x 2 convolution of blocks of 2 x 2 pixels, or, of one channel, as
+    a product with its 4 x 4 windows. On a CPU, XLA's own strided convolution has a gradient several times slower.
     """
 
     features: int
@@ -110,8 +117,13 @@ class Downsample(nn.Module):
         kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(2, 2, 4 * channels, self.features)
         x = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))[:, : 2 * height + 2, : 2 * width + 2]
         x = x.reshape(len(x), height + 1, 2, width + 1, 2, channels).transpose(0, 1, 3, 2, 4, 5)
-        out = _convolve(x.reshape(len(x), height + 1, width + 1, 4 * channels), kernel)
-        return checkpoint_name(out + bias.astype(self.dtype), EXPENSIVE)
+        x = x.reshape(len(x), height + 1, width + 1, 4 * channels)
+        if channels == 1:
+            windows = [x[:, a : a + height, b : b + width] for a in (0, 1) for b in (0, 1)]
+            out = _multiply(jnp.concatenate(windows, -1), kernel.reshape(16, self.features))
+        else:
+            out = _convolve(x, kernel)
+        return checkpoint_name(add_bias(out, bias), EXPENSIVE)
 
 
 class Upsample(nn.Module):
@@ -135,14 +147,28 @@ class Upsample(nn.Module):
         # Output row 2 y + s - 1 meets input rows y - 1 and y through the kernel's rows 2 + s and s.
         kernel = kernel.astype(self.dtype).reshape(2, 2, 2, 2, channels, self.features)[::-1, :, ::-1]
         kernel = kernel.transpose(0, 2, 4, 1, 3, 5).reshape(2, 2, channels, 4 * self.features)
-        out = _convolve(jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (0, 0))), kernel)
+        x = x.astype(self.dtype)
+        if self.features == 1:
+            # Each input pixel adds a 2 x 2 block of phases to each of the four blocks that see it.
+            out = _multiply(x, kernel.transpose(2, 0, 1, 3).reshape(channels, 16)).reshape(n, height, width, 2, 2, 4)
+            places = [(a, b) for a in (0, 1) for b in (0, 1)]
+            pads = [((0, 0), (1 - a, a), (1 - b, b), (0, 0)) for a, b in places]
+            out = sum(jnp.pad(out[:, :, :, a, b], pad) for (a, b), pad in zip(places, pads, strict=True))
+        else:
+            out = _convolve(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), kernel)
         out = out.reshape(n, height + 1, width + 1, 2, 2, self.features).transpose(0, 1, 3, 2, 4, 5)
         out = out.reshape(n, 2 * height + 2, 2 * width + 2, self.features)[:, 1:-1, 1:-1]
-        return checkpoint_name(out + bias.astype(self.dtype), EXPENSIVE)
+        return checkpoint_name(add_bias(out, bias), EXPENSIVE)
 
 
-def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+def _multiply(x: jax.Array, matrix: jax.Array, precision: jax.lax.Precision | None = None) -> jax.Array:
+    """[..., C] times [C, D]."""
+    product = jnp.matmul(x.reshape(-1, x.shape[-1]), matrix, precision=precision)
+    return product.reshape(*x.shape[:-1], matrix.shape[-1])
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, padding: str = "VALID") -> jax.Array:
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 class ResidualBlock(nn.Module):
@@ -162,13 +188,13 @@ class ResidualBlock(nn.Module):
         norm = {"axis_name": self.axis_name, "dtype": self.dtype}
         if self.residual == "pre":
             y = leaky_relu(Norm(**norm, name="norm1")(x, train=train))
-            y = Conv(features, 3, padding=1, dtype=self.dtype, name="conv1")(y)
+            y = Conv(features, dtype=self.dtype, name="conv1")(y)
             y = leaky_relu(Norm(**norm, name="norm2")(y, train=train))
-            y = Conv(features, 3, padding=1, dtype=self.dtype, name="conv2")(y)
+            y = Conv(features, dtype=self.dtype, name="conv2")(y)
             return checkpoint_name(x + y, BLOCK)
-        y = Conv(features, 3, padding=1, dtype=self.dtype, name="conv1")(x)
+        y = Conv(features, dtype=self.dtype, name="conv1")(x)
         y = leaky_relu(Norm(**norm, name="norm1")(y, train=train))
-        y = Conv(features, 3, padding=1, dtype=self.dtype, name="conv2")(y)
+        y = Conv(features, dtype=self.dtype, name="conv2")(y)
         y = Norm(**norm, name="norm2")(y, train=train)
         return checkpoint_name(leaky_relu(x + y), BLOCK)
 
@@ -231,8 +257,7 @@ class SelfAttention(nn.Module):
         flat = x.reshape(n, height * width, features)
 
         def project(name: str, width: int) -> jax.Array:
-            dense = nn.Dense(width, dtype=self.dtype, kernel_init=kernel_init, bias_init=bias_init(features), name=name)
-            return dense(flat)
+            return Dense(width, self.dtype, name=name)(flat)
 
         query, key = project("query", features // 8), project("key", features // 8)
         attended = checkpoint_name(attend(query, key, project("value", features)), EXPENSIVE).reshape(x.shape)

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-LATENTS_AT_ONCE = 2**12
-"""Latents whose distances to all codes are in memory at once."""
+from vqvae_jax.models.layers import Dense
+
+LATENTS_AT_ONCE, LATENTS_AT_ONCE_ON_CPU = 2**16, 2**10
+"""Latents whose distances to all codes are in memory at once; on a CPU, in its caches."""
 CHOICE = "choice"
 """Name, for ``jax.checkpoint``, of the indices of the chosen codes."""
 EMA = "ema"
@@ -49,17 +51,20 @@ def nearest(latents: jax.Array, codebook: jax.Array) -> jax.Array:
     """Indices int32 [...] of the codes [K, D] nearest to float32 latents [..., D]; the lowest of equals."""
     flat = jax.lax.stop_gradient(latents).reshape(-1, codebook.shape[-1])
 
-    def choose(block: jax.Array) -> jax.Array:
-        # |z - e|^2 without |z|^2, which is the same for every code.
-        products = jnp.matmul(block, codebook.T, precision=jax.lax.Precision.HIGHEST)
-        distances = jnp.sum(jnp.square(codebook), axis=1) - 2 * products
-        # As argmin, which a CPU computes in one thread and one number at a time.
-        least = jnp.min(distances, axis=1, keepdims=True)
-        numbers = jax.lax.broadcasted_iota(jnp.int32, distances.shape, 1)
-        return jnp.min(jnp.where(distances <= least, numbers, len(codebook) - 1), axis=1)
+    # |z - e|^2 without |z|^2, which is the same for every code: a product of [-2 e, |e|^2] and [z, 1].
+    codes = jnp.concatenate([-2 * codebook, jnp.sum(jnp.square(codebook), axis=1, keepdims=True)], axis=1)
 
-    blocks = -(-len(flat) // LATENTS_AT_ONCE)
-    padded = jnp.pad(flat, ((0, -len(flat) % max(blocks, 1)), (0, 0))).reshape(max(blocks, 1), -1, flat.shape[1])
+    def choose(block: jax.Array) -> jax.Array:
+        block = jnp.concatenate([block, jnp.ones((len(block), 1), block.dtype)], axis=1)
+        distances = jnp.matmul(codes, block.T, precision=jax.lax.Precision.HIGHEST)  # [K, latents]
+        # As argmin, which a CPU computes in one thread and one number at a time.
+        least = jnp.min(distances, axis=0)
+        numbers = jax.lax.broadcasted_iota(jnp.int32, distances.shape, 0)
+        return jnp.min(jnp.where(distances <= least, numbers, len(codebook) - 1), axis=0)
+
+    at_once = LATENTS_AT_ONCE_ON_CPU if jax.default_backend() == "cpu" else LATENTS_AT_ONCE
+    blocks = max(1, -(-len(flat) // at_once))
+    padded = jnp.pad(flat, ((0, -len(flat) % blocks), (0, 0))).reshape(blocks, -1, flat.shape[1])
     indices = jax.lax.map(choose, padded).reshape(-1)[: len(flat)]
     return checkpoint_name(indices.reshape(latents.shape[:-1]), CHOICE)
 
@@ -242,8 +247,9 @@ class ProjectedQuantizer(nn.Module):
     embedding_dim: int
 
     def setup(self):
-        self.project_in = nn.Dense(self.code_dim, precision=jax.lax.Precision.HIGHEST)
-        self.project_out = nn.Dense(self.embedding_dim, precision=jax.lax.Precision.HIGHEST)
+        start = {"kernel_init": nn.initializers.lecun_normal(), "bias_init": nn.initializers.zeros}
+        self.project_in = Dense(self.code_dim, precision=jax.lax.Precision.HIGHEST, **start)
+        self.project_out = Dense(self.embedding_dim, precision=jax.lax.Precision.HIGHEST, **start)
 
     def __call__(self, latents: jax.Array, *, train: bool = False) -> QuantizerOutput:
         """The quantizer's output, with ``quantized`` [..., D]."""

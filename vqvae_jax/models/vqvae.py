@@ -48,7 +48,7 @@ class Encoder(nn.Module):
         x = residual_stack(x, self.residual_blocks, train=train, residual=self.residual, **shared)
         if self.attention:
             x = SelfAttention(self.dtype, name="attention")(x)
-        x = Conv(self.embedding_dim, 3, padding=1, dtype=self.dtype, name="conv3")(x)
+        x = Conv(self.embedding_dim, dtype=self.dtype, name="conv3")(x)
         return Norm(**shared, name="norm3")(x, train=train) if self.latent_norm else x
 
 
@@ -66,7 +66,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         shared = {"axis_name": self.axis_name, "dtype": self.dtype}
-        x = Conv(self.hidden_channels, 3, padding=1, dtype=self.dtype, name="conv1")(x)
+        x = Conv(self.hidden_channels, dtype=self.dtype, name="conv1")(x)
         x = leaky_relu(Norm(**shared, name="norm1")(x, train=train))
         if self.attention:
             x = SelfAttention(self.dtype, name="attention")(x)
