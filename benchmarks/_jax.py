@@ -1,4 +1,4 @@
-"""The JAX side: a training step that is ready to be called, its FLOPs, and VGG16's weights for the PyTorch side."""
+"""The JAX side: what is ready to be called and measured, FLOPs, and VGG16's weights for the PyTorch side."""
 
 import dataclasses
 from unittest import mock
@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqvae_jax.config import Config
-from vqvae_jax.models import layers, vgg16, vgg_weights
+from vqvae_jax.config import Config, PriorConfig
+from vqvae_jax.inference import samples
+from vqvae_jax.models import layers, prior_integers, vgg16, vgg_weights
 from vqvae_jax.runtime import compilation
+from vqvae_jax.training import prior_step
 from vqvae_jax.training.state import create_train_state
 from vqvae_jax.training.step import StepMetrics, make_train_step, replicate, split_over_devices
 
@@ -55,6 +57,49 @@ class TrainingStep:
 
     def _arguments(self) -> tuple:
         return self.state, self._images, self._vgg_variables
+
+
+class PriorStep:
+    """The training step of a prior over a configuration's codes, with a fresh state and codes by chance.
+
+    A call takes one step and returns its loss.
+    """
+
+    def __init__(self, config: Config, prior: PriorConfig):
+        model = config.model
+        codebook = jax.random.normal(jax.random.key(0), (model.num_embeddings, model.codebook_dim))
+        self._state = replicate(prior_step.create_prior_state(prior, model, codebook, 1000))
+        rng, count = np.random.default_rng(0), prior.batch_size
+        codes = rng.integers(
+            model.num_embeddings, size=(count, 1 + prior.neighbours, *model.latent_size), dtype=np.int32
+        )
+        grids = prior_step.Grids(codes[:, 0], codes[:, 1:], np.ones((count, prior.neighbours), bool))
+        self._grids = jax.tree.map(split_over_devices, grids)
+        self._step = prior_step.make_prior_train_step(prior, model)
+
+    def __call__(self) -> jax.Array:
+        self._state, loss = self._step(self._state, self._grids)
+        return loss
+
+    def compile(self) -> jax.stages.Compiled:
+        """As ``TrainingStep.compile``."""
+        self._step = compilation.ahead(self._step, (self._state, self._grids), compilation.GRADIENT)
+        return self._step
+
+
+class Sampling:
+    """Draws slices' codes from a prior over a configuration's codes that nobody trained. A call returns them."""
+
+    def __init__(self, config: Config, prior: PriorConfig, count: int):
+        made = prior_step.make_prior(prior, config.model)
+        self._program = prior_integers.PriorProgram(prior_integers.to_integers(made, made.fresh(jax.random.key(0))))
+        self._codes = np.zeros((count, *config.model.latent_size), np.int32)
+        self._before = np.zeros((count, prior.neighbours, *config.model.latent_size), np.int32)
+
+    def __call__(self) -> np.ndarray:
+        known, present = self._codes > 0, np.zeros(self._before.shape[:2], bool)
+        options = {"rng": np.random.default_rng(0)}
+        return samples.draw_codes(self._program, self._codes, known, self._before, present, **options)
 
 
 def vgg_arrays(weights: str, layer: str = VGG_LAYER) -> dict[str, np.ndarray]:

@@ -63,7 +63,7 @@ def main() -> None:
     for name, places in sets.items():
         files = [file_of(codes[place], size, model.fingerprint, num_embeddings) for place in places]
         began = time.perf_counter()
-        by_prior = [vqz._by_prior(file, prior) for file in files]
+        by_prior = [vqz.prior_to_bytes(file, prior) for file in files]
         encoded = time.perf_counter()
         for content, place in zip(by_prior, places, strict=True):
             found = vqz.from_bytes(content, prior).encoded.images.indices

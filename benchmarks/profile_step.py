@@ -1,6 +1,10 @@
 """Where the time of a preset's training step goes: a table of XLA's ops, their share, and the convolutions' FLOP/s.
 
     python benchmarks/profile_step.py [--preset demo --hidden-channels 64 --no-vgg] [--top 25]
+    python benchmarks/profile_step.py --what prior [--batch-size 16]
+    python benchmarks/profile_step.py --what sampling [--batch-size 8]
+
+``prior`` is the training step of the prior over the preset's codes, ``sampling`` draws so many slices' codes from it.
 
 Profiles ``--steps`` steps (jax.profiler.trace) and adds up the trace's events by op. On a CPU this is done on one core,
 since convolutions on several are not in the trace. A convolution's FLOP/s are those of its shapes (zeros between
@@ -8,6 +12,7 @@ dilated pixels included), beside those of the product of two large matrices.
 """
 
 import collections
+import dataclasses
 import math
 import os
 import re
@@ -16,6 +21,8 @@ import time
 from pathlib import Path
 
 import _measure
+
+from vqvae_jax.config import PRIOR_PRESETS, PriorConfig
 
 MATRIX = 2048
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\S+) (.*)$")
@@ -64,6 +71,7 @@ def main() -> None:
     """Parses the flags, profiles, prints the table."""
     flags = _measure.parser(__doc__)
     _measure.add_model_flags(flags)
+    flags.add_argument("--what", choices=("training", "prior", "sampling"), default="training", help="what is profiled")
     flags.add_argument("--batch-size", type=int, default=8)
     flags.add_argument("--steps", type=int, default=3, help="steps that are profiled, after two to warm up")
     flags.add_argument("--top", type=int, default=25, help="rows of the table")
@@ -77,8 +85,12 @@ def main() -> None:
     import jax.numpy as jnp  # noqa: PLC0415
 
     config = _measure.preset_config(flags, flags.batch_size)
-    step = _jax.TrainingStep(config)
-    flops = convolutions(step.compile().as_text())
+    prior = dataclasses.replace(PRIOR_PRESETS.get(flags.preset, PriorConfig()), batch_size=flags.batch_size)
+    if flags.what == "sampling":
+        step, flops = _jax.Sampling(config, prior, flags.batch_size), {}
+    else:
+        step = _jax.PriorStep(config, prior) if flags.what == "prior" else _jax.TrainingStep(config)
+        flops = convolutions(step.compile().as_text())
     for _ in range(2):
         jax.block_until_ready(step())
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +102,7 @@ def main() -> None:
         seconds = {name: total / flags.steps for name, total in seconds_by_op(Path(folder)).items()}
     square = jnp.ones((MATRIX, MATRIX), flags.dtype)
     product = 2 * MATRIX**3 / _measure.seconds_each(lambda: square @ square, jax.block_until_ready, 5) / 1e9
-    print(_measure.described(config))
+    print(f"{flags.what}: {_measure.described(config, losses=flags.what == 'training')}")
     rows = []
     for name in sorted(seconds, key=seconds.get, reverse=True)[: flags.top]:
         speed = f"{flops[name] / seconds[name] / 1e9:.0f}" if name in flops else "-"
@@ -103,11 +115,14 @@ def main() -> None:
     of_kinds = sorted(kinds.items(), key=lambda pair: -pair[1])[:12]
     shares = [(kind, total * 1e3, f"{total / sum(kinds.values()):.1%}") for kind, total in of_kinds]
     print(_measure.table(("kind", "ms a step", "of all ops"), shares))
-    convolving = sum(seconds.get(name, 0) for name in flops)
-    rate = sum(flops[name] for name in flops if name in seconds) / max(convolving, 1e-9) / 1e9
     of_ops = sum(seconds.values())
     print(f"\n{a_step * 1e3:.0f} ms a step, {flags.batch_size / a_step:.3g} images/s; {of_ops * 1e3:.0f} ms in ops")
-    print(f"{convolving / of_ops:.0%} in convolutions at {rate:.0f} GFLOP/s; a {MATRIX}-square product: {product:.0f}")
+    if flops:
+        convolving = sum(seconds.get(name, 0) for name in flops)
+        rate = sum(flops[name] for name in flops if name in seconds) / max(convolving, 1e-9) / 1e9
+        print(
+            f"{convolving / of_ops:.0%} in convolutions at {rate:.0f} GFLOP/s; a {MATRIX}-square product: {product:.0f}"
+        )
 
 
 if __name__ == "__main__":

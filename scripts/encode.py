@@ -43,6 +43,8 @@ def main() -> int:
     run_dir = flags.workdir or runs.newest()
     model = vqvae_jax.load(run_dir, flags.checkpoint)
     print(f"Run: {run_dir}, {flags.checkpoint} checkpoint, model {model.fingerprint[:12]}", flush=True)
+    if model.prior_doubt:
+        _files.say(f"Warning: {model.prior_doubt}")
 
     def encode(name: Path) -> None:
         path_out = flags.target / names[name]

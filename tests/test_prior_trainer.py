@@ -112,9 +112,11 @@ def test_a_prior_of_another_model_is_not_used_nor_gone_on_with(whole, copied):
     run_dir = copied()
     shutil.copytree(whole[0] / runs.PRIOR, run_dir / runs.PRIOR)
     assert vqvae_jax.load(run_dir).prior is not None
+    assert vqvae_jax.load(run_dir).prior_doubt == ""
     config = dataclasses.replace(runs.load_prior_config(run_dir), model="00ff" * 16)
     runs.save_config(run_dir / runs.PRIOR, config)
     assert vqvae_jax.load(run_dir).prior is None
+    assert "is of another checkpoint" in vqvae_jax.load(run_dir).prior_doubt
     with pytest.raises(ConfigError, match="has changed since its prior was trained"):
         train_prior(config, run_dir, resume=True, log=quietly)
 
@@ -152,7 +154,7 @@ def damaged(path, place):
 def test_files_are_coded_by_the_prior_and_a_damaged_byte_spoils_one_group(whole, volume, monkeypatch):
     model = vqvae_jax.load(whole[0])
     stored, out, expected = (volume.with_name(name) for name in ("a.vqz", "a.nii", "b.nii"))
-    monkeypatch.setattr(vqz, "_simple", lambda file: bytes(10**6))  # which is smaller after so little training
+    monkeypatch.setattr(vqz, "simple_to_bytes", lambda file: bytes(10**6))  # which is smaller after so little training
     made = vqz_files.encode_file(model, volume, stored)
     assert made.by_prior and "coded by the prior" in str(made)
     assert vqz_files.decode_file(model, stored, out) == ()
@@ -177,7 +179,7 @@ def test_never_more_bytes_than_the_simple_coder(whole, volume):
 
 def test_a_file_of_another_prior_is_refused(whole, volume, monkeypatch):
     model, stored = vqvae_jax.load(whole[0]), volume.with_name("a.vqz")
-    monkeypatch.setattr(vqz, "_simple", lambda file: bytes(10**6))
+    monkeypatch.setattr(vqz, "simple_to_bytes", lambda file: bytes(10**6))
     vqz_files.encode_file(model, volume, stored)
     model.__dict__["prior"] = None
     with pytest.raises(DataError, match=r"was coded by another prior .*this run's is none"):

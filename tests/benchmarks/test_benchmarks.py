@@ -69,6 +69,14 @@ def test_profile_step():
     assert [len(row.split("|")) for row in rows[:5]] == [6] * 5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["prior", "sampling"])
+def test_profile_of_the_prior(what):
+    small = ("--what", what, "--preset", "demo", "--image-size", 32, 16, "--batch-size", 2)
+    rows = run_benchmark("profile_step.py", *small, "--steps", 1, "--top", 3)
+    assert [len(row.split("|")) for row in rows[:3]] == [6] * 3
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_pytorchs_side_is_the_same_network(preset, benchmark_module):
     """As many tensors of each size as ours has, and as many codes for an image."""

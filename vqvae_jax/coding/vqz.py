@@ -67,11 +67,11 @@ def to_bytes(file: VqzFile, prior: PriorProgram | None = None) -> bytes:
     Raises:
       DataError: its header is too long (some ten thousand slices, each with its own range).
     """
-    simple = _simple(file)
-    return simple if prior is None else min(simple, _by_prior(file, prior), key=len)
+    simple = simple_to_bytes(file)
+    return simple if prior is None else min(simple, prior_to_bytes(file, prior), key=len)
 
 
-def _simple(file: VqzFile) -> bytes:
+def simple_to_bytes(file: VqzFile) -> bytes:
     images = file.encoded.images
     payload, classes = entropy.encode(images.indices, file.num_embeddings)
     content = _beginning(file, SIMPLE, {"classes": entropy.classes_to_text(classes), "bytes": len(payload)}) + payload
@@ -79,7 +79,7 @@ def _simple(file: VqzFile) -> bytes:
     return _with_checksum(content + bytes(max(0, least - len(content) - _CHECKSUM.size)))
 
 
-def _by_prior(file: VqzFile, program: PriorProgram) -> bytes:
+def prior_to_bytes(file: VqzFile, program: PriorProgram) -> bytes:
     images = file.encoded.images
     payloads = prior_coder.encode(images.indices, program)
     about = {"prior": program.prior.fingerprint[:PRIOR_DIGITS], "bytes": [len(payload) for payload in payloads]}

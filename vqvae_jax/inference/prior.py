@@ -11,6 +11,18 @@ from vqvae_jax.training.checkpoint import Checkpoints
 from vqvae_jax.training.prior_step import METRIC, make_prior
 
 
+def doubt(run_dir: Path, fingerprint: str) -> str:
+    """Why the prior in a run's folder is not that of the model with this fingerprint; empty if it is, or none is there.
+
+    Raises:
+      CheckpointError, ConfigError: there is a prior, and its configuration cannot be read.
+    """
+    folder = run_dir / runs.PRIOR
+    if not (folder / runs.CONFIG).exists() or runs.load_prior_config(run_dir).model == fingerprint:
+        return ""
+    return f"the prior in {folder} is of another checkpoint of the model, and is not used; train one for this anew"
+
+
 def load(run_dir: Path, run: Config, fingerprint: str) -> PriorProgram | None:
     """The best prior of a run's codes; None where none was trained, or only for another model's codes.
 

@@ -139,6 +139,11 @@ class TrainedModel:
         """
         return None if self._run_dir is None else prior.load(self._run_dir, self.config, self.fingerprint)
 
+    @property
+    def prior_doubt(self) -> str:
+        """Why a prior that is in the run's folder is not used; empty if it is, or none is there."""
+        return "" if self._run_dir is None else prior.doubt(self._run_dir, self.fingerprint)
+
     def bits(self, x: np.ndarray, *, volume: bool = False, progress: bool = False) -> np.ndarray:
         """How unlikely the codes of images are by the prior: float64 [N, h, w], bits for each code.
 
