@@ -47,13 +47,14 @@ def by_int64(integers, indices, known, before, present):
         kernel = layer.matrix.astype(np.int64).reshape(3, 3, channels, -1)
         total = np.zeros((*x.shape[:3], kernel.shape[-1]), np.int64) + layer.bias
         height, width = x.shape[1:3]
-        for top in range(-1, 2):
-            for left in range(-1, 2):
-                rows = slice(max(0, -top), min(height, height - top))
-                columns = slice(max(0, -left), min(width, width - left))
+        by = layer.dilation
+        for top in (-by, 0, by):
+            for left in (-by, 0, by):
+                rows = slice(max(0, -top), max(0, -top, min(height, height - top)))
+                columns = slice(max(0, -left), max(0, -left, min(width, width - left)))
                 from_rows = slice(rows.start + top, rows.stop + top)
                 from_columns = slice(columns.start + left, columns.stop + left)
-                total[:, rows, columns] += x[:, from_rows, from_columns] @ kernel[top + 1, left + 1]
+                total[:, rows, columns] += x[:, from_rows, from_columns] @ kernel[top // by + 1, left // by + 1]
         return total
 
     def blocks(stream, kind, count):

@@ -11,6 +11,8 @@ from vqvae_jax.models import rounding
 
 COARSEST = 16
 """Stride of the lattice that the coding order begins with."""
+MOST_DILATION = 8
+"""Largest distance between the columns of a kernel."""
 TABLE_SCALE = 0.5
 """Standard deviation of the vectors that stand for codes, at the start."""
 
@@ -44,7 +46,8 @@ class Prior(nn.Module):
     Any codes may be known, as for MaskGIT (Chang et al. 2022, arXiv:2202.04200). Known codes and the slices before
     are vectors of learned tables. The slices before pass ``context_blocks`` residual blocks, which need not be
     computed again for each pass. ``blocks`` more take their sum with the known codes and vectors of row and column.
-    Blocks are pre-activated and without norm, so that they can run in integers (`prior_integers`).
+    Blocks are pre-activated and without norm, so that they can run in integers (`prior_integers`). The first kernel of
+    block n is dilated by 2**n, at most 8: early passes know few codes, which lie far apart.
 
     Attributes:
       num_embeddings: K.
@@ -94,7 +97,7 @@ class Prior(nn.Module):
         columns = self.param("columns", nn.initializers.normal(0.1), (self.grid[1], self.channels))
         stream += rows[nearest_of(height, self.grid[0])][:, None] + columns[nearest_of(width, self.grid[1])]
         for number in range(self.blocks):
-            stream = self._block(stream, f"block{number}")
+            stream = self._block(stream, f"block{number}", dilation_of(number))
         kernel = self.param("out_kernel", nn.initializers.normal(0.05), (self.channels, self.num_embeddings))
         bias = self.param("out_bias", nn.initializers.zeros, (self.num_embeddings,))
         return self._activation(stream) @ self._weights(kernel) + bias
@@ -114,23 +117,30 @@ class Prior(nn.Module):
         init = nn.initializers.normal(TABLE_SCALE)
         return self.param(f"{name}_table", init, (self.num_embeddings + 1, self.channels))
 
-    def _block(self, x: jax.Array, name: str) -> jax.Array:
-        y = self._convolve(self._activation(x), f"{name}_first", nn.initializers.he_normal())
+    def _block(self, x: jax.Array, name: str, dilation: int = 1) -> jax.Array:
+        y = self._convolve(self._activation(x), f"{name}_first", nn.initializers.he_normal(), dilation)
         return x + self._convolve(self._activation(y), f"{name}_second", nn.initializers.zeros)
 
-    def _convolve(self, x: jax.Array, name: str, init: Any) -> jax.Array:
+    def _convolve(self, x: jax.Array, name: str, init: Any, dilation: int = 1) -> jax.Array:
         kernel = self.param(f"{name}_kernel", init, (3, 3, self.channels, self.channels))
         bias = self.param(f"{name}_bias", nn.initializers.zeros, (self.channels,))
-        kernel = self._weights(kernel)
-        return (
-            jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")) + bias
+        layout = ("NHWC", "HWIO", "NHWC")
+        sides = (dilation, dilation)
+        y = jax.lax.conv_general_dilated(
+            x, self._weights(kernel), (1, 1), "SAME", rhs_dilation=sides, dimension_numbers=layout
         )
+        return y + bias
 
     def _activation(self, x: jax.Array) -> jax.Array:
         return rounding.activation(x) if self.rounded else nn.relu(x)
 
     def _weights(self, x: jax.Array) -> jax.Array:
         return rounding.weights(x) if self.rounded else x
+
+
+def dilation_of(block: int) -> int:
+    """Dilation of the first kernel of a block, by its number."""
+    return min(2**block, MOST_DILATION)
 
 
 def nearest_of(count: int, learned: int) -> np.ndarray:

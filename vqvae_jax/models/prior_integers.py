@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqvae_jax.models import rounding
-from vqvae_jax.models.prior import Prior, nearest_of
+from vqvae_jax.models.prior import Prior, dilation_of, nearest_of
 from vqvae_jax.runtime import compilation
 
 BIAS_LARGEST = 2**22
@@ -24,11 +24,12 @@ BIAS_LARGEST = 2**22
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
-    """``matrix`` int8 [inputs, outputs], ``bias`` int32 [outputs], and ``bits``, the fraction of a weight."""
+    """``matrix`` int8 [inputs, outputs], ``bias`` int32 [outputs], ``bits``, the fraction of a weight, and dilation."""
 
     matrix: np.ndarray
     bias: np.ndarray
     bits: int
+    dilation: int = 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,7 +64,7 @@ class IntegerPrior:
         digest = hashlib.sha256(f"prior 1 {rules}".encode())
         arrays = {**self.tables, "rows": self.rows, "columns": self.columns}
         for name, layer in self.layers.items():
-            arrays |= {f"{name} matrix": layer.matrix, f"{name} bias": layer.bias, f"{name} bits": layer.bits}
+            arrays |= {f"{name} {field}": value for field, value in vars(layer).items()}
         for name, array in sorted(arrays.items()):
             digest.update(f"{name} {np.shape(array)}".encode())
             digest.update(np.asarray(array, "<i4").tobytes())
@@ -83,6 +84,9 @@ def to_integers(prior: Prior, variables: Any) -> IntegerPrior:
     blocks += [f"block{number}" for number in range(prior.blocks)]
     names = [f"{block}_{part}" for block in blocks for part in ("first", "second")]
     layers = {name: _layer(params[f"{name}_kernel"], params[f"{name}_bias"]) for name in (*names, "out")}
+    for number in range(prior.blocks):
+        name = f"block{number}_first"
+        layers[name] = dataclasses.replace(layers[name], dilation=dilation_of(number))
     tables = {name.removesuffix("_table"): value for name, value in in_stream.items()}
     return IntegerPrior(tables, rows, columns, layers)
 
@@ -157,17 +161,18 @@ def _blocks(prior: IntegerPrior, arrays: dict, stream: jax.Array, kind: str) -> 
     for name in [name.removesuffix("_first") for name in prior.layers if name.startswith(kind) and "_first" in name]:
         first, second = f"{name}_first", f"{name}_second"
         x = _activation(stream, rounding.STREAM_BITS - rounding.ACTIVATION_BITS)
-        x = _activation(_convolve(x, arrays, first), prior.layers[first].bits)
+        x = _activation(_convolve(x, arrays, first, prior.layers[first].dilation), prior.layers[first].bits)
         shift = prior.layers[second].bits + rounding.ACTIVATION_BITS - rounding.STREAM_BITS
         stream = _clip(stream + _shifted(_convolve(x, arrays, second), shift))
     return stream
 
 
-def _convolve(x: jax.Array, arrays: dict, name: str) -> jax.Array:
+def _convolve(x: jax.Array, arrays: dict, name: str, dilation: int = 1) -> jax.Array:
     """3 x 3, padded with 0, as a product of patches [N, h, w, 9 C] and a matrix [9 C, C']."""
     height, width = x.shape[1:3]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    patches = [padded[:, top : top + height, left : left + width] for top in range(3) for left in range(3)]
+    padded = jnp.pad(x, ((0, 0), (dilation, dilation), (dilation, dilation), (0, 0)))
+    starts = (0, dilation, 2 * dilation)
+    patches = [padded[:, top : top + height, left : left + width] for top in starts for left in starts]
     return jnp.concatenate(patches, axis=-1) @ arrays[f"{name}_matrix"] + arrays[f"{name}_bias"]
 
 
