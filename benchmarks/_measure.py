@@ -56,6 +56,18 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
     add_device_flag(flags)
 
 
+PLAIN = "jax-plain"
+"""The contender that is JAX without the compiler options of ``runtime.compilation``."""
+
+
+def use_plain_compiler(flags: argparse.Namespace) -> None:
+    """Leaves the compiler options out in a worker that is PLAIN."""
+    from vqvae_jax.runtime import compilation  # noqa: PLC0415 - after the choice of platform
+
+    if flags.worker == PLAIN:
+        compilation.cpu_options_of = lambda options: None
+
+
 def preset_config(flags: argparse.Namespace, batch_size: int = 8) -> Config:
     """The preset, with what the flags of ``add_model_flags`` change and random VGG16 weights."""
     config = PRESETS[flags.preset]

@@ -4,7 +4,8 @@
 
 Encode goes from images to codes, decode from codes to images, reconstruct through both. JAX is what users call,
 ``TrainedModel``, with its scaling by percentiles and its NumPy arrays in and out. PyTorch is the bare network on
-tensors that are ready, under inference_mode, in float32: eager and under torch.compile. Contenders run in turn, each
+tensors that are ready, under inference_mode, in float32: eager and under torch.compile. ``--plain`` has JAX without our
+compiler options in the place of both: whether they pay, with this JAX on this CPU. Contenders run in turn, each
 in a process of its own.
 """
 
@@ -57,6 +58,7 @@ def run_jax(flags) -> None:
     from vqvae_jax.inference.trained_model import TrainedModel  # noqa: PLC0415
     from vqvae_jax.training.state import init_variables  # noqa: PLC0415
 
+    _measure.use_plain_compiler(flags)
     config = _measure.preset_config(flags)
     model = TrainedModel(config, jax.jit(functools.partial(init_variables, config.model))(jax.random.key(0)))
 
@@ -94,18 +96,19 @@ def main() -> None:
     _measure.add_model_flags(flags)
     flags.add_argument("--batch-sizes", type=int, nargs="+", default=(1, 8, 64))
     flags.add_argument("--steps", type=int, default=2, help="calls in one measurement of the largest batch")
+    flags.add_argument("--plain", action="store_true", help="against JAX without our compiler options")
     flags = flags.parse_args()
+    names = ("jax", _measure.PLAIN) if flags.plain else ("jax", "torch", "torch-compiled")
     if flags.worker:
-        return run_jax(flags) if flags.worker == "jax" else run_torch(flags)
+        return run_torch(flags) if flags.worker.startswith("torch") else run_jax(flags)
     print(_measure.described(_measure.preset_config(flags), losses=False), flush=True)
-    names = ("jax", "torch", "torch-compiled")
     results = _measure.alternate(__file__, names, flags.rounds, **_measure.platform_of(flags.device))
     rows = []
     for task in TASKS:
         for size in flags.batch_sizes:
             ours, *theirs = (_measure.median(results[name], f"{task} {size}") for name in names)
-            rows.append((task, size, ours, *theirs, ours / theirs[0], ours / theirs[1]))
-    header = (f"JAX {flags.dtype}, images/s", "PyTorch eager", "compiled", "times eager", "times compiled")
+            rows.append((task, size, ours, *theirs, *(ours / their for their in theirs)))
+    header = (f"{names[0]} {flags.dtype}, images/s", *names[1:], *(f"times {name}" for name in names[1:]))
     _measure.print_table(("task", "batch", *header), rows)
     return None
 

@@ -5,9 +5,10 @@
 Forward, all losses with random VGG16 weights, backward, clipping, Adam, on one synthetic batch; the k-means of an EMA
 codebook's first batch is over by then. Contenders run in turn, each in a process of its own. ``torch`` is PyTorch
 eager in float32, with its defaults; ``torch-compiled`` the same under torch.compile; ``torch-best`` (on a GPU) adds
-bfloat16 autocast, channels_last, TF32 and fused Adam to that. FLOPs are XLA's count (_jax.py), taken for every
-contender; their share is of the fastest product of two square matrices in the contender's type that any contender
-of that type reached.
+bfloat16 autocast, channels_last, TF32 and fused Adam to that. ``jax-plain``, if asked for by ``--against``, is JAX
+without our compiler options: whether they pay, with this JAX on this CPU. FLOPs are XLA's count (_jax.py), taken for
+every contender; their share is of the fastest product of two square matrices in the contender's type that any
+contender of that type reached.
 """
 
 import os
@@ -19,6 +20,7 @@ import numpy as np
 
 MATRIX = {"cpu": 4096, "gpu": 16384}
 AGAINST = ("torch", "torch-compiled", "torch-best")
+OURS = ("jax", _measure.PLAIN)
 
 
 def run_jax(flags) -> None:
@@ -27,6 +29,7 @@ def run_jax(flags) -> None:
     import jax  # noqa: PLC0415
     import jax.numpy as jnp  # noqa: PLC0415
 
+    _measure.use_plain_compiler(flags)
     step = _jax.TrainingStep(_measure.preset_config(flags, flags.batch_size))
     flops = step.flops()
     seconds = _measure.seconds_each(step, jax.block_until_ready, flags.steps)
@@ -114,13 +117,15 @@ def main() -> None:
     _measure.add_model_flags(flags)
     flags.add_argument("--batch-size", type=int, default=8)
     flags.add_argument("--steps", type=int, default=3, help="steps in one measurement, after two to warm up")
-    flags.add_argument("--against", nargs="*", choices=AGAINST, help="none: JAX alone; by default all that fit")
+    flags.add_argument(
+        "--against", nargs="*", choices=(*AGAINST, _measure.PLAIN), help="none: JAX alone; by default all that fit"
+    )
     flags.add_argument("--matrix", type=int, help="side of the matrices whose product is the yardstick")
     flags.add_argument("--vgg", help="VGG16 weights for the workers; the script makes them")
     flags = flags.parse_args()
     flags.matrix = flags.matrix or MATRIX[flags.device]
     if flags.worker:
-        return run_jax(flags) if flags.worker == "jax" else run_torch(flags)
+        return run_jax(flags) if flags.worker in OURS else run_torch(flags)
     against = AGAINST[: 2 + (flags.device == "gpu")] if flags.against is None else flags.against
     config = _measure.preset_config(flags, flags.batch_size)
     with tempfile.TemporaryDirectory() as folder:

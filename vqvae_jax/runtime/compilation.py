@@ -50,12 +50,12 @@ def jit(function: Callable, donate_argnums: tuple[int, ...] = (), cpu_options: d
 
     Every program with convolutions is compiled here, a pmapped one too: ``jax.pmap`` itself takes no options.
     """
-    return jax.jit(function, donate_argnums=donate_argnums, compiler_options=_options(cpu_options))
+    return jax.jit(function, donate_argnums=donate_argnums, compiler_options=cpu_options_of(cpu_options))
 
 
 def ahead(jitted: Any, arguments: tuple, cpu_options: dict[str, str]) -> jax.stages.Compiled:
     """The program of a function of ``jit`` for these arguments, with the same options: ``lower`` forgets them."""
-    return jitted.lower(*arguments).compile(compiler_options=_options(cpu_options))
+    return jitted.lower(*arguments).compile(compiler_options=cpu_options_of(cpu_options))
 
 
 def bytes_needed(program: jax.stages.Compiled) -> int:
@@ -76,7 +76,8 @@ def bytes_there() -> int:
     return int(FREE_SHARE * most) // jax.local_device_count()
 
 
-def _options(cpu_options: dict[str, str]) -> dict[str, str] | None:
+def cpu_options_of(cpu_options: dict[str, str]) -> dict[str, str] | None:
+    """The options where this process computes on its CPU and its jaxlib knows them, else None."""
     known = jax.default_backend() == "cpu" and _known(tuple(cpu_options.items()))
     return cpu_options if known else None
 
