@@ -1,6 +1,7 @@
 """The JAX side: what is ready to be called and measured, FLOPs, and VGG16's weights for the PyTorch side."""
 
 import dataclasses
+import functools
 from unittest import mock
 
 import jax
@@ -10,9 +11,10 @@ import numpy as np
 from vqvae_jax.config import Config, PriorConfig
 from vqvae_jax.inference import samples
 from vqvae_jax.models import layers, prior_integers, vgg16, vgg_weights
+from vqvae_jax.models.vqvae import VQVAE
 from vqvae_jax.runtime import compilation
 from vqvae_jax.training import prior_step
-from vqvae_jax.training.state import create_train_state
+from vqvae_jax.training.state import create_train_state, init_variables
 from vqvae_jax.training.step import StepMetrics, make_train_step, replicate, split_over_devices
 
 VGG_LAYER = "relu3_3"
@@ -45,7 +47,7 @@ class TrainingStep:
 
     def compile(self) -> jax.stages.Compiled:
         """Compiles the step ahead; returns the program that calls run from now on."""
-        self._step = compilation.ahead(self._step, self._arguments(), compilation.GRADIENT)
+        self._step = compilation.ahead(self._step, self._arguments())
         return self._step
 
     def flops(self) -> float:
@@ -57,6 +59,27 @@ class TrainingStep:
 
     def _arguments(self) -> tuple:
         return self.state, self._images, self._vgg_variables
+
+
+class Inference:
+    """The compiled half of a fresh model: ``encode`` images of noise, or ``decode`` codes by chance."""
+
+    def __init__(self, config: Config, what: str):
+        model, rng, count = config.model, np.random.default_rng(0), config.training.batch_size
+        variables = jax.jit(functools.partial(init_variables, model))(jax.random.key(0))
+        images = rng.random((count, *model.image_size, 1), np.float32)
+        codes = rng.integers(0, model.num_embeddings, (count, *model.latent_size), np.int32)
+        method, given = ("to_indices", images) if what == "encode" else ("from_indices", codes)
+        self._call = compilation.jit(functools.partial(VQVAE(model).apply, method=method))
+        self._arguments = variables, jnp.asarray(given)
+
+    def __call__(self) -> jax.Array:
+        return self._call(*self._arguments)
+
+    def compile(self) -> jax.stages.Compiled:
+        """As ``TrainingStep.compile``."""
+        self._call = compilation.ahead(self._call, self._arguments)
+        return self._call
 
 
 class PriorStep:
@@ -83,7 +106,7 @@ class PriorStep:
 
     def compile(self) -> jax.stages.Compiled:
         """As ``TrainingStep.compile``."""
-        self._step = compilation.ahead(self._step, (self._state, self._grids), compilation.GRADIENT)
+        self._step = compilation.ahead(self._step, (self._state, self._grids))
         return self._step
 
 

@@ -65,7 +65,7 @@ def use_plain_compiler(flags: argparse.Namespace) -> None:
     from vqvae_jax.runtime import compilation  # noqa: PLC0415 - after the choice of platform
 
     if flags.worker == PLAIN:
-        compilation.cpu_options_of = lambda options: None
+        compilation.cpu_options = lambda: None
 
 
 def preset_config(flags: argparse.Namespace, batch_size: int = 8) -> Config:

@@ -37,7 +37,7 @@ def measure(flags) -> None:
         output, pull = jax.vjp(attend, *given)
         return pull(output)
 
-    function = compilation.jit(forward_and_gradient, cpu_options=compilation.GRADIENT)
+    function = compilation.jit(forward_and_gradient)
     memory = function.lower(*inputs).compile().memory_analysis().temp_size_in_bytes
     seconds = None
     if memory < limit:

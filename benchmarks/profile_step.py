@@ -1,10 +1,10 @@
 """Where the time of a preset's training step goes: a table of XLA's ops, their share, and the convolutions' FLOP/s.
 
     python benchmarks/profile_step.py [--preset demo --hidden-channels 64 --no-vgg] [--top 25]
-    python benchmarks/profile_step.py --what prior [--batch-size 16]
-    python benchmarks/profile_step.py --what sampling [--batch-size 8]
+    python benchmarks/profile_step.py --what encode  # or decode, prior, sampling
 
-``prior`` is the training step of the prior over the preset's codes, ``sampling`` draws so many slices' codes from it.
+``encode`` and ``decode`` are the model's halves. ``prior`` is the training step of the prior over the preset's codes,
+``sampling`` draws so many slices' codes from it.
 
 Profiles ``--steps`` steps (jax.profiler.trace) and adds up the trace's events by op. On a CPU this is done on one core,
 since convolutions on several are not in the trace. A convolution's FLOP/s are those of its shapes (zeros between
@@ -25,6 +25,7 @@ import _measure
 from vqvae_jax.config import PRIOR_PRESETS, PriorConfig
 
 MATRIX = 2048
+WHAT = ("training", "encode", "decode", "prior", "sampling")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\S+) (.*)$")
 _SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 _OPERAND = re.compile(r"%([\w.\-]+)[,)]")
@@ -71,7 +72,7 @@ def main() -> None:
     """Parses the flags, profiles, prints the table."""
     flags = _measure.parser(__doc__)
     _measure.add_model_flags(flags)
-    flags.add_argument("--what", choices=("training", "prior", "sampling"), default="training", help="what is profiled")
+    flags.add_argument("--what", choices=WHAT, default="training", help="what is profiled")
     flags.add_argument("--batch-size", type=int, default=8)
     flags.add_argument("--steps", type=int, default=3, help="steps that are profiled, after two to warm up")
     flags.add_argument("--top", type=int, default=25, help="rows of the table")
@@ -86,11 +87,13 @@ def main() -> None:
 
     config = _measure.preset_config(flags, flags.batch_size)
     prior = dataclasses.replace(PRIOR_PRESETS.get(flags.preset, PriorConfig()), batch_size=flags.batch_size)
-    if flags.what == "sampling":
-        step, flops = _jax.Sampling(config, prior, flags.batch_size), {}
-    else:
-        step = _jax.PriorStep(config, prior) if flags.what == "prior" else _jax.TrainingStep(config)
-        flops = convolutions(step.compile().as_text())
+    made = {
+        "training": lambda: _jax.TrainingStep(config),
+        "prior": lambda: _jax.PriorStep(config, prior),
+        "sampling": lambda: _jax.Sampling(config, prior, flags.batch_size),
+    }
+    step = made.get(flags.what, lambda: _jax.Inference(config, flags.what))()
+    flops = convolutions(step.compile().as_text()) if flags.what != "sampling" else {}
     for _ in range(2):
         jax.block_until_ready(step())
     with tempfile.TemporaryDirectory() as folder:

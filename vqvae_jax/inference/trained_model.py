@@ -27,9 +27,8 @@ from vqvae_jax.runtime import compilation, runs
 from vqvae_jax.training import checkpoint
 from vqvae_jax.training.state import Variables
 
-CPU_PIXELS_AT_ONCE = 2**15
-"""A slice of 256 x 128: a CPU gains nothing from more, and one small slice costs no more than that."""
-DEVICE_PIXELS_AT_ONCE = 2**20
+CPU_PIXELS_AT_ONCE, DEVICE_PIXELS_AT_ONCE = 2**17, 2**20
+"""Of the images that go through the model together."""
 DECODING_SETTINGS = (
     *("image_size", "downsampling", "hidden_channels", "residual_blocks", "residual", "attention"),
     *("embedding_dim", "num_embeddings", "code_dim", "reference_flatten", "precision"),
@@ -92,7 +91,8 @@ class TrainedModel:
     resizes instead. All of it is undone on the way back.
 
     The model's time grows with the square of an image's pixels where it has attention, its memory with the pixels.
-    Images go through it a fixed number at a time, so it is compiled once for each grid. May be shared by threads.
+    Images go through it a fixed number at a time, and on a CPU what is left over one by one. So it is compiled once or
+    twice for each grid. May be shared by threads.
 
     Args:
       config: the run's configuration.
@@ -211,10 +211,9 @@ class TrainedModel:
           DataError: the codes cannot be this model's.
         """
         count, height, width = self._checked_shape(encoded)
-        size = _images_at_once(self._grid_of((height, width)))
-        batch = np.zeros((size, *encoded.indices.shape[1:]), np.int32)
         images = np.empty((count, height, width), np.float32)
-        for chosen in _batches(count, size, "Decoding", progress):
+        for chosen, size in _batches(count, self._grid_of((height, width)), "Decoding", progress):
+            batch = np.zeros((size, *encoded.indices.shape[1:]), np.int32)
             batch[: len(chosen)] = encoded.indices[chosen.start : chosen.stop]
             decoded = np.asarray(self._from_indices(self._variables, batch))[..., 0]
             for row, index in enumerate(chosen):
@@ -311,9 +310,9 @@ class TrainedModel:
     def _indices(self, images: np.ndarray, limits: list[tuple[float, float]], progress: bool) -> np.ndarray:
         """Indices [N, h, w] of images [N, H, W]."""
         size = self._grid_of(images.shape[1:])
-        batch = np.zeros((_images_at_once(size), *size, 1), np.float32)
         indices = np.empty((len(images), *self.config.model.latent_size_of(size)), np.int32)
-        for chosen in _batches(len(images), len(batch), "Encoding", progress):
+        for chosen, at_once in _batches(len(images), size, "Encoding", progress):
+            batch = np.zeros((at_once, *size, 1), np.float32)
             for row, index in enumerate(chosen):
                 scaled = intensity.scale(images[index], *limits[index])
                 batch[row, ..., 0] = grid.fit(scaled, size, self.config.data.fit)
@@ -374,20 +373,24 @@ def _similarities(images: np.ndarray, originals: np.ndarray, ranges: np.ndarray)
     return found["ssim"], found["psnr"]
 
 
-def _images_at_once(grid: tuple[int, int]) -> int:
-    """So many that memory is bounded by pixels; it depends on the grid alone, so that one program serves any count."""
-    pixels = CPU_PIXELS_AT_ONCE if jax.default_backend() == "cpu" else DEVICE_PIXELS_AT_ONCE
-    return max(1, pixels // math.prod(grid))
+def _batches(count: int, grid: tuple[int, int], label: str, progress: bool) -> Iterator[tuple[range, int]]:
+    """Ranges that cover ``count`` images, each with the number of images that its program takes.
 
-
-def _batches(count: int, size: int, label: str, progress: bool) -> Iterator[range]:
-    """Ranges of at most ``size`` that cover ``count`` images; the bar shows after a second, on a terminal."""
+    They depend on the count and the grid alone, so that decoding does as encoding did. The bar shows after a second, on
+    a terminal.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    full = max(1, (CPU_PIXELS_AT_ONCE if on_cpu else DEVICE_PIXELS_AT_ONCE) // math.prod(grid))
     with tqdm.tqdm(
         total=count, desc=label, unit="image", leave=False, delay=1, disable=None if progress else True
     ) as bar:
-        for start in range(0, count, size):
-            yield range(start, min(count, start + size))
-            bar.update(min(size, count - start))
+        start = 0
+        while start < count:
+            size = 1 if on_cpu and count - start < full else full
+            chosen = range(start, min(count, start + size))
+            yield chosen, size
+            bar.update(len(chosen))
+            start += size
 
 
 def _three(shape: tuple[int, ...]) -> tuple[int, int, int]:

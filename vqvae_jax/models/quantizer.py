@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vqvae_jax.models.layers import Dense
 
-LATENTS_AT_ONCE, LATENTS_AT_ONCE_ON_CPU = 2**16, 2**10
+LATENTS_AT_ONCE, LATENTS_AT_ONCE_ON_CPU = 2**16, 2**9
 """Latents whose distances to all codes are in memory at once; on a CPU, in its caches."""
 CHOICE = "choice"
 """Name, for ``jax.checkpoint``, of the indices of the chosen codes."""

@@ -14,15 +14,12 @@ import jax
 
 from vqvae_jax.runtime.files import cache_folder
 
-FUSIONS = "xla_cpu_experimental_ynn_fusion_type"
-GRADIENT = {FUSIONS: "", "xla_disable_hlo_passes": "cse_barrier_expander"}
-"""For a program with gradients on a CPU: none of jaxlib 0.10's YNN fusions, and barriers that hold.
+CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "", "xla_disable_hlo_passes": "cse_barrier_expander"}
+"""For every program on a CPU: none of jaxlib 0.10's YNN fusions, and barriers that hold.
 
-YNN's kernel gradients of convolutions are slower, and with it the whole training step takes 1.4 times the memory.
-Without barriers, XLA finds that what remat computes again was computed before, and keeps it.
+YNN's convolutions and products are slower, and a training step with them takes 1.4 times the memory. Without barriers,
+XLA finds that what remat computes again was computed before, and keeps it. ``jax-plain`` in benchmarks/ has neither.
 """
-FORWARD = {FUSIONS: "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
-"""For a program without gradients on a CPU: YNN fusions for products and sums, not for convolutions."""
 QUICKLY = {"xla_backend_optimization_level": 0}
 """Options for a program that runs once, where compiling it is most of the time."""
 WORTH_CACHING_SECONDS = 0.05
@@ -45,17 +42,17 @@ def use_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_CACHING_SECONDS)
 
 
-def jit(function: Callable, donate_argnums: tuple[int, ...] = (), cpu_options: dict[str, str] = FORWARD) -> Callable:
-    """``jax.jit``, with ``cpu_options`` where this process computes on its CPU and its jaxlib knows them.
+def jit(function: Callable, donate_argnums: tuple[int, ...] = ()) -> Callable:
+    """``jax.jit``, with CPU_OPTIONS where this process computes on its CPU and its jaxlib knows them.
 
     Every program with convolutions is compiled here, a pmapped one too: ``jax.pmap`` itself takes no options.
     """
-    return jax.jit(function, donate_argnums=donate_argnums, compiler_options=cpu_options_of(cpu_options))
+    return jax.jit(function, donate_argnums=donate_argnums, compiler_options=cpu_options())
 
 
-def ahead(jitted: Any, arguments: tuple, cpu_options: dict[str, str]) -> jax.stages.Compiled:
+def ahead(jitted: Any, arguments: tuple) -> jax.stages.Compiled:
     """The program of a function of ``jit`` for these arguments, with the same options: ``lower`` forgets them."""
-    return jitted.lower(*arguments).compile(compiler_options=cpu_options_of(cpu_options))
+    return jitted.lower(*arguments).compile(compiler_options=cpu_options())
 
 
 def bytes_needed(program: jax.stages.Compiled) -> int:
@@ -76,10 +73,10 @@ def bytes_there() -> int:
     return int(FREE_SHARE * most) // jax.local_device_count()
 
 
-def cpu_options_of(cpu_options: dict[str, str]) -> dict[str, str] | None:
-    """The options where this process computes on its CPU and its jaxlib knows them, else None."""
-    known = jax.default_backend() == "cpu" and _known(tuple(cpu_options.items()))
-    return cpu_options if known else None
+def cpu_options() -> dict[str, str] | None:
+    """CPU_OPTIONS where this process computes on its CPU and its jaxlib knows them, else None."""
+    known = jax.default_backend() == "cpu" and _known(tuple(CPU_OPTIONS.items()))
+    return CPU_OPTIONS if known else None
 
 
 @functools.cache

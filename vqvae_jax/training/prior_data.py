@@ -11,7 +11,7 @@ import numpy as np
 from vqvae_jax.config import Config
 from vqvae_jax.data import volumes
 from vqvae_jax.models.vqvae import VQVAE
-from vqvae_jax.runtime import compilation, distributed
+from vqvae_jax.runtime import distributed
 from vqvae_jax.runtime.randomness import Purpose, key_for
 from vqvae_jax.training.augmentation import augment
 from vqvae_jax.training.prior_step import Grids
@@ -76,8 +76,8 @@ class CodeSource:
             images = jax.vmap(lambda key, image: shifted(key, image, config.model.downsampling))(keys, images)
             return encode(variables, images)
 
-        self._encode = pmapped(encode, (None, 0), 0, compilation.FORWARD)
-        self._encode_augmented = pmapped(encode_augmented, (None, 0, 0, None), 0, compilation.FORWARD)
+        self._encode = pmapped(encode, (None, 0), 0)
+        self._encode_augmented = pmapped(encode_augmented, (None, 0, 0, None), 0)
 
     def __len__(self) -> int:
         return len(self._slices)

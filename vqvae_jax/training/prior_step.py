@@ -132,7 +132,7 @@ def make_prior_train_step(config: PriorConfig, model: ModelConfig) -> Callable[[
         loss, gradients = jax.lax.pmean((loss, gradients), AXIS)
         return state.apply_gradients(grads=gradients), loss / jnp.log(2.0)
 
-    return pmapped(train_step, (None, 0), (None, None), compilation.GRADIENT, donate=(0,))
+    return pmapped(train_step, (None, 0), (None, None), donate=(0,))
 
 
 def make_prior_eval_step(config: PriorConfig, model: ModelConfig) -> Callable[[Variables, Grids, Any], jax.Array]:
@@ -149,4 +149,4 @@ def make_prior_eval_step(config: PriorConfig, model: ModelConfig) -> Callable[[V
         nats = jnp.where(order == number, cross_entropy(logits, grids.indices), 0)
         return jnp.sum(nats, axis=(1, 2)) / jnp.log(2.0)
 
-    return pmapped(eval_step, (None, 0, None), 0, compilation.FORWARD)
+    return pmapped(eval_step, (None, 0, None), 0)

@@ -101,7 +101,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, Variable
         state = state.apply_gradients(grads=gradients, model_state=model_state)
         return state, StepMetrics(losses, optax.tree.norm(gradients), counts)
 
-    return pmapped(train_step, (None, 0, None), (None, None), compilation.GRADIENT, donate=(0,))
+    return pmapped(train_step, (None, 0, None), (None, None), donate=(0,))
 
 
 def fitted_train_step(config: Config, *arguments: Any) -> tuple[Callable, str]:
@@ -115,7 +115,7 @@ def fitted_train_step(config: Config, *arguments: Any) -> tuple[Callable, str]:
     choices = ("none", *KEPT) if wanted == "auto" else (wanted,)
     for remat in choices:
         step = make_train_step(_with_remat(config, remat))
-        program = compilation.ahead(step, arguments, compilation.GRADIENT)
+        program = compilation.ahead(step, arguments)
         if compilation.bytes_needed(program) <= compilation.bytes_there():
             break
     if jax.process_count() == 1:
@@ -139,7 +139,7 @@ def make_eval_step(config: Config) -> Callable[[Variables, jax.Array, jax.Array]
         counts = jnp.zeros(config.model.num_embeddings, jnp.float32).at[indices].add(weights)
         return output.reconstruction, indices, jax.lax.psum(counts, AXIS)
 
-    program = pmapped(eval_step, (None, 0, 0), (0, 0, None), compilation.FORWARD)
+    program = pmapped(eval_step, (None, 0, 0), (0, 0, None))
     return lambda variables, images, mask: EvalOutput(*program(variables, images, mask))
 
 
@@ -187,12 +187,10 @@ def places(count: int) -> jax.Array:
     return (device * count + jnp.arange(count)) * jax.process_count() + process
 
 
-def pmapped(
-    function: Callable, in_axes: tuple, out_axes: Any, cpu_options: dict[str, str], donate: tuple[int, ...] = ()
-) -> Callable:
+def pmapped(function: Callable, in_axes: tuple, out_axes: Any, donate: tuple[int, ...] = ()) -> Callable:
     """``jax.pmap``, compiled with our options where one process runs alone: a pmap of several cannot be jitted."""
     program = jax.pmap(function, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, donate_argnums=donate)
-    return program if jax.process_count() > 1 else compilation.jit(program, donate, cpu_options)
+    return program if jax.process_count() > 1 else compilation.jit(program, donate)
 
 
 def check_ssim(config: Config) -> None:
