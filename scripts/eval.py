@@ -33,11 +33,14 @@ def main() -> int:
     flags = tyro.cli(Flags)
     from vqvae_jax.evaluation import html_report, table  # noqa: PLC0415 - after the flags: --help needs no JAX
     from vqvae_jax.evaluation.evaluate import evaluate_run  # noqa: PLC0415
+    from vqvae_jax.inference import prior_figures  # noqa: PLC0415
 
     _command.use_platform(flags.platform)
     run_dir = flags.workdir or runs.newest()
     print(f"Run: {run_dir}, {flags.checkpoint} checkpoint")
-    evaluated = evaluate_run(run_dir, flags.split, flags.checkpoint, data=flags.data)
+    evaluated = evaluate_run(
+        run_dir, flags.split, flags.checkpoint, data=flags.data, measure_prior=prior_figures.measure
+    )
     for line in table.describe(evaluated.evaluation, evaluated.config):
         print(line)
     print(f"Written: {evaluated.folder}/ (metrics.json, per_slice.csv, reconstructions.png)")

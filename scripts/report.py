@@ -37,11 +37,14 @@ def main() -> int:
         raise ConfigError(f"--slices {flags.slices}: must be at least 1")
     from vqvae_jax.evaluation import html_report  # noqa: PLC0415 - after the flags: --help needs no JAX
     from vqvae_jax.evaluation.evaluate import evaluate_run  # noqa: PLC0415
+    from vqvae_jax.inference import prior_figures  # noqa: PLC0415
 
     _command.use_platform(flags.platform)
     run_dir = flags.workdir or runs.newest()
     print(f"Run: {run_dir}, {flags.checkpoint} checkpoint")
-    evaluated = evaluate_run(run_dir, flags.split, flags.checkpoint, data=flags.data)
+    evaluated = evaluate_run(
+        run_dir, flags.split, flags.checkpoint, data=flags.data, measure_prior=prior_figures.measure
+    )
     path = html_report.write(run_dir, flags.split, flags.checkpoint, evaluated, flags.slices)
     print(f"Average SSIM: {evaluated.evaluation.mean('ssim'):.4f}")
     print(f"Report: {path} (open it in a browser; it needs no other file and no network)")

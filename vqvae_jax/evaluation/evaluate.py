@@ -11,6 +11,7 @@ from vqvae_jax.data import hip_mri, loader
 from vqvae_jax.data.splits import SPLITS, WHOLE
 from vqvae_jax.evaluation import pictures, table
 from vqvae_jax.evaluation.evaluator import Evaluator, Pair
+from vqvae_jax.evaluation.prior_figures import MeasuresPrior
 from vqvae_jax.evaluation.table import Evaluation
 from vqvae_jax.models import vgg_weights
 from vqvae_jax.runtime import distributed, runs
@@ -43,6 +44,7 @@ def evaluate_run(
     which: checkpoint.Which = "best",
     *,
     data: str | None = None,
+    measure_prior: MeasuresPrior | None = None,
     log: Callable[[str], None] = print,
 ) -> EvaluatedRun:
     """Evaluates a run's checkpoint and writes ``eval/SPLIT/`` into the run, or ``eval/NAME-OF-DATA/`` for other data.
@@ -52,6 +54,7 @@ def evaluate_run(
       split: train, validation or test. By default the test split of the run's own data, and all images of others.
       which: the best checkpoint by validation SSIM, or the newest.
       data: other files to evaluate on than those of the run.
+      measure_prior: what looks at the run's prior, where it has one: ``inference.prior_figures.measure``.
       log: is given lines for people.
 
     Raises:
@@ -62,6 +65,10 @@ def evaluate_run(
     trained = vgg_weights.on_hand(loss.vgg_weights, *loss.perceptual_layers) if loss.perceptual_weight else None
     evaluator = Evaluator(config, slices, trained)
     evaluation = evaluator.run(variables, reference_protocol=True)
+    if measure_prior:
+        own_test = data is None and split in (None, "test")
+        found = measure_prior(run_dir, which, config, variables, slices, with_samples=own_test, log=log)
+        evaluation = dataclasses.replace(evaluation, prior=found)
     folder = _results_folder(run_dir, config, split, data)
     evaluated = EvaluatedRun(config, evaluation, folder, evaluator, variables)
     _write_results(evaluated)

@@ -122,6 +122,7 @@ def render(about: About, result: Evaluation, history: Sequence[dict[str, Any]], 
         more_figures=_more_figures(result),
         charts=[chart for chart in _charts(result, history) if chart],
         slices=_cards(result, shown),
+        prior=_prior(result),
         settings={"shown": FIRST_SHOWN, "colours": _colours(), "limit": pictures.DIFFERENCE_LIMIT},
         style=markupsafe.Markup(style),
         script=markupsafe.Markup(script),
@@ -214,6 +215,47 @@ def _figures(result: Evaluation) -> list[_Figure]:
             "The share of the codebook that these slices need; much less than all is capacity that lies idle.",
         ),
     ]
+
+
+def _prior(result: Evaluation) -> dict[str, Any] | None:
+    """What the section on the prior shows: figures, and the samples' picture where there are samples."""
+    if result.prior is None:
+        return None
+    of, samples = result.summary(), result.prior.samples
+    figures = [
+        _Figure(
+            "Bits per code",
+            _number(of["prior_bits_per_code"], 2),
+            f"By the prior, given the slices before; {math.log2(len(result.counts)):.2f} without one.",
+        ),
+        _Figure(
+            "Bits per pixel",
+            _number(of["prior_bits_per_pixel"], 3),
+            "What the codes take in a .vqz file that encode.py writes.",
+        ),
+    ]
+    if samples is None:
+        return {"figures": figures}
+    figures += [
+        _Figure(
+            "Kernel distance",
+            _number(samples.kernel_distance, 4),
+            "How far samples are from test slices, by VGG16's features. Training slices are "
+            f"{_number(samples.kernel_distance_real, 4)} away from them.",
+        ),
+        _Figure(
+            "MS-SSIM of samples",
+            _number(samples.ms_ssim, 3),
+            f"How alike two samples are; two test slices have {_number(samples.ms_ssim_real, 3)}.",
+        ),
+        _Figure(
+            "Near a training slice",
+            _number(100 * samples.near_training, 1, " %"),
+            "Samples nearer to a training slice than 95 % of rebuilt test slices are. Much above 5 % is memorization.",
+        ),
+    ]
+    picture = base64.b64encode(pictures.grid_png(samples.pairs)).decode("ascii")
+    return {"figures": figures, "count": samples.count, "picture": f"data:image/png;base64,{picture}"}
 
 
 def _more_figures(result: Evaluation) -> dict[str, str]:

@@ -59,7 +59,12 @@ def draw_reconstructions(path: Path, rows: Sequence[Row]) -> None:
 
 
 def draw_grid(path: Path, images: np.ndarray) -> None:
-    """Writes a PNG with images [N, H, W] in [0, 1] side by side, about as wide as high.
+    """Writes `grid_png` of images."""
+    write_whole(path, grid_png(images))
+
+
+def grid_png(images: np.ndarray) -> bytes:
+    """A PNG with images [N, H, W] in [0, 1] side by side, about as wide as high.
 
     The first axis of a slice runs to the right and the second downwards, as in the other pictures.
     """
@@ -71,7 +76,7 @@ def draw_grid(path: Path, images: np.ndarray) -> None:
     cells = cells.reshape(rows, columns, height + 2, width + 2).transpose(0, 2, 1, 3)
     png = io.BytesIO()
     Image.fromarray(cells.reshape(rows * (height + 2), -1)).save(png, "png")
-    write_whole(path, png.getvalue())
+    return png.getvalue()
 
 
 def _drawable(text: str) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from vqvae_jax import metrics
 from vqvae_jax.config import Config
 from vqvae_jax.data.loader import Sample
+from vqvae_jax.evaluation.prior_figures import PriorFigures
 from vqvae_jax.runtime.files import write_whole
 
 METRICS = "metrics.json"
@@ -50,6 +51,7 @@ class Evaluation:
       codes_per_slice: how many codes stand for one slice.
       reference: each slice's SSIM by the published project's protocol; empty if not asked for.
       kept: by index, the slices that were asked for, each with its reconstruction [H, W] in [0, 1] on its own grid.
+      prior: what the run's prior says; None where there is none, or nobody asked.
     """
 
     rows: list[SliceMetrics]
@@ -57,6 +59,7 @@ class Evaluation:
     codes_per_slice: int
     reference: list[float] = dataclasses.field(default_factory=list)
     kept: dict[int, tuple[Sample, np.ndarray]] = dataclasses.field(default_factory=dict)
+    prior: PriorFigures | None = None
 
     def mean(self, name: str) -> float:
         """Mean of a metric over the slices."""
@@ -108,6 +111,7 @@ class Evaluation:
             "bits_per_pixel_entropy": codes_per_pixel * float(metrics.code_entropy(self.counts)),
             **self.without_empty(),
             **reference,
+            **(self.prior.summary(codes_per_pixel) if self.prior else {}),
         }
 
 
@@ -140,6 +144,8 @@ def describe(evaluation: Evaluation, config: Config) -> Iterator[str]:
             f"Without {summary['empty_slices']} empty slices: SSIM {summary['ssim_without_empty']:.4f}, MS-SSIM "
             f"{summary['ms_ssim_without_empty']:.4f}, PSNR {summary['psnr_without_empty']:.2f} dB"
         )
+    if evaluation.prior:
+        yield from evaluation.prior.describe(summary)
     if "ssim_reference_protocol" in summary:
         yield (
             f"SSIM by the reference protocol: {summary['ssim_reference_protocol']:.4f} (z-scored, clipped to [0, 1], "
@@ -156,13 +162,17 @@ def data_of(folder: Path) -> str | None:
 
 
 def write(evaluation: Evaluation, folder: Path, config: Config) -> None:
-    """Writes metrics.json and per_slice.csv."""
+    """Writes metrics.json and per_slice.csv, and what the prior says."""
     summary = {name: value if math.isfinite(value) else None for name, value in evaluation.summary().items()}
     about = {"data": config.data.data, "protocol": protocol(config)}
     write_whole(folder / METRICS, json.dumps(summary | about, indent=2) + "\n")
     rows = [dataclasses.asdict(row) for row in evaluation.rows]
     for row, ssim in zip(rows, evaluation.reference, strict=False):
         row["ssim_reference_protocol"] = ssim
+    if evaluation.prior:
+        for row, bits in zip(rows, evaluation.prior.bits, strict=True):
+            row["prior_bits_per_code"] = float(bits.mean())
+        evaluation.prior.write(folder)
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, list(rows[0]))
     table.writeheader()

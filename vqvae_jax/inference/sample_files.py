@@ -24,7 +24,7 @@ def write_slices(model: TrainedModel, folder: Path, count: int, *, overwrite: bo
       CheckpointError, ConfigError: as for ``samples.sample``.
     """
     paths = _free([folder / name for name in samples.named(count)], folder, overwrite)
-    images = samples.sample(model, count, **options)
+    images = samples.sample(model, count, progress=True, **options)
     for path, image in zip(paths, images, strict=True):
         nifti_write.write(path, image, _header(image.shape), overwrite=overwrite)
     pictures.draw_grid(folder / PICTURE, images)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
+import tqdm
 
 from vqvae_jax.coding.encoded import EncodedImages
 from vqvae_jax.errors import CheckpointError, DataError, require
@@ -29,6 +30,7 @@ def draw_codes(
     steps: int = STEPS,
     temperature: float = 1.0,
     rng: np.random.Generator,
+    progress: bool = False,
 ) -> np.ndarray:
     """Grids of codes with those that are not known drawn from the prior.
 
@@ -42,6 +44,7 @@ def draw_codes(
       steps: parts.
       temperature: below 1, likely codes become likelier.
       rng: of the draws.
+      progress: show a progress bar where it takes long.
 
     Returns:
       int32 [N, h, w].
@@ -49,7 +52,8 @@ def draw_codes(
     height, width = indices.shape[1:]
     found = np.array(indices, np.int32)
     at_once = max(1, _CODES_AT_ONCE // (height * width))
-    for start in range(0, len(found), at_once):
+    starts = range(0, len(found), at_once)
+    for start in tqdm.tqdm(starts, desc="Drawing", leave=False, delay=1, disable=None if progress else True):
         # A full batch each time, so that one program serves all of them.
         rows = np.minimum(np.arange(start, start + at_once), len(found) - 1)
         count = min(at_once, len(found) - start)
@@ -75,7 +79,13 @@ def draw_codes(
 
 
 def sample(
-    model: TrainedModel, count: int, *, steps: int = STEPS, temperature: float = 1.0, seed: int = 0
+    model: TrainedModel,
+    count: int,
+    *,
+    steps: int = STEPS,
+    temperature: float = 1.0,
+    seed: int = 0,
+    progress: bool = False,
 ) -> np.ndarray:
     """New slices float32 [count, H, W] in [0, 1], of the run's image size.
 
@@ -87,7 +97,7 @@ def sample(
     grid = model.config.model.latent_size
     nothing = np.zeros((count, *grid), np.int32)
     before, present = _no_neighbours(program, count, grid)
-    options = {"steps": steps, "temperature": temperature, "rng": rng}
+    options = {"steps": steps, "temperature": temperature, "rng": rng, "progress": progress}
     return _images(model, draw_codes(program, nothing, nothing > 0, before, present, **options))
 
 

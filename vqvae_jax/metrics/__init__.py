@@ -3,6 +3,7 @@
 from vqvae_jax.metrics.codes import code_entropy, codebook_usage, perplexity
 from vqvae_jax.metrics.images import hfen, mae, perceptual_distance, psnr
 from vqvae_jax.metrics.measure import measure
+from vqvae_jax.metrics.samples import kernel_distance, roc_area
 from vqvae_jax.metrics.similarity import SSIM_WINDOW, ms_ssim, ssim
 
 __all__ = [
@@ -10,11 +11,13 @@ __all__ = [
     "code_entropy",
     "codebook_usage",
     "hfen",
+    "kernel_distance",
     "mae",
     "measure",
     "ms_ssim",
     "perceptual_distance",
     "perplexity",
     "psnr",
+    "roc_area",
     "ssim",
 ]
