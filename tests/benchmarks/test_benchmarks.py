@@ -69,6 +69,20 @@ def test_profile_step():
     assert [len(row.split("|")) for row in rows[:5]] == [6] * 5
 
 
+def test_artefacts_change_the_image_as_they_say(benchmark_module):
+    artefacts, rng = benchmark_module("artefacts"), np.random.default_rng(0)
+    image = np.pad(np.full((32, 16), 0.4), 8)
+    for artefact in artefacts.ARTEFACTS:
+        altered = artefact(image, rng, 1.0)
+        assert altered.shape == image.shape
+        assert np.abs(altered - image).max() > 0.05
+    stripes = np.abs(np.fft.fft2(artefacts.spike(image, rng, 1.0) - image))
+    assert (stripes > 0.01 * stripes.max()).sum() == 2  # a point of k-space and its conjugate
+    moved = artefacts.ghost(image, rng, 1.0) - image
+    np.testing.assert_allclose(moved, 0.2 * np.roll(image, 24, axis=0))
+    assert (artefacts.disc(image, rng, 1.0) == 0.9).any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["prior", "sampling"])
 def test_profile_of_the_prior(what):
