@@ -1,4 +1,4 @@
-"""How samples compare with real images, and scores of one kind with those of another."""
+"""Two sets compared: samples with real images by features, scores of one kind with those of another."""
 
 import numpy as np
 
