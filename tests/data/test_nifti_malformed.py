@@ -172,7 +172,7 @@ def memory():
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("count", [1000, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_malformed_files_are_read_as_they_say_or_refused_in_one_line(count, tmp_path, caplog, memory):
     problems = []
     faulthandler.dump_traceback_later(HANG_SECONDS_PER_1000 * count // 1000, exit=True)
