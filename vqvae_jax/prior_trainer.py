@@ -99,8 +99,10 @@ def train_prior(
             raise CheckpointError(
                 f"--workdir {run_dir}: cannot be written ({error}); free space and go on with --resume"
             ) from error
-        if distributed.is_first() and not outcome.stopped:
-            pictures.draw_grid(run_dir / runs.PRIOR / PICTURE, samples.sample(load(run_dir), DRAWN, seed=config.seed))
+        if not outcome.stopped:
+            drawn = samples.sample(load(run_dir), DRAWN, seed=config.seed)  # on all processes: they restore together
+            if distributed.is_first():
+                pictures.draw_grid(run_dir / runs.PRIOR / PICTURE, drawn)
     return outcome
 
 

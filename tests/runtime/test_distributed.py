@@ -35,7 +35,7 @@ def free_port():
 
 
 @contextlib.contextmanager
-def processes(place, run, *flags, count=2):
+def processes(place, run, *flags, count=2, script="train.py"):
     """The processes of a run, each with one CPU device; killed if they outlive the body."""
     port, started = free_port(), []
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
@@ -45,7 +45,7 @@ def processes(place, run, *flags, count=2):
             joined += ["--process-id", str(index), "--workdir", run, "--platform", "cpu", *map(str, flags)]
             started.append(
                 subprocess.Popen(
-                    [sys.executable, "-u", ROOT / "scripts/train.py", *joined],
+                    [sys.executable, "-u", ROOT / "scripts" / script, *joined],
                     cwd=place,
                     env=environment,
                     stdout=subprocess.PIPE,
@@ -131,6 +131,21 @@ def test_all_stop_when_one_is_told_to_and_the_first_alone_writes_and_prints(stop
     assert len(list(run.glob("events.out.tfevents.*"))) == 1
     epochs = [entry["epoch"] for entry in entries(run, "train")]
     assert epochs == list(range(1, len(epochs) + 1))
+
+
+def test_two_processes_train_a_prior_as_one_does(place, alone):
+    flags = ("--epochs", 2, "--batch-size", 8, "--channels", 8, "--blocks", 1)
+    for run in ("one", "two"):
+        shutil.copytree(alone, place / run)
+    done = run_script("train_prior.py", *flags, "--workdir", "one", "--platform", "cpu", cwd=place)
+    assert done.returncode == 0, done.stderr
+    with processes(place, "two", *flags, script="train_prior.py") as started:
+        finish(started)
+    one, two = (
+        [entry["bits_per_code"] for entry in entries(place / run / "prior", "validation")] for run in ("one", "two")
+    )
+    assert two == pytest.approx(one, rel=1e-4) and len(two) == 2
+    assert (place / "two/prior/samples.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_one_process_goes_on_with_a_run_of_two(stopped):
