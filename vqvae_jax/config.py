@@ -301,7 +301,7 @@ class PriorConfig:
         _require(0 <= self.seed <= LARGEST_SEED, "seed", self.seed, f"between 0 and {LARGEST_SEED}")
 
 
-PRIOR_PRESETS = {"demo": PriorConfig(epochs=12, channels=32, blocks=3, neighbours=1, learning_rate=4e-3)}
+PRIOR_PRESETS = {"demo": PriorConfig(epochs=8, channels=32, blocks=3, neighbours=1, learning_rate=4e-3)}
 """Where a run's preset has a prior of its own."""
 
 PRESETS: dict[str, Config] = {

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqvae_jax.models import rounding
+from vqvae_jax.models.batch_norm import add_bias
 
 COARSEST = 16
 """Stride of the lattice that the coding order begins with."""
@@ -100,7 +101,7 @@ class Prior(nn.Module):
             stream = self._block(stream, f"block{number}", dilation_of(number))
         kernel = self.param("out_kernel", nn.initializers.normal(0.05), (self.channels, self.num_embeddings))
         bias = self.param("out_bias", nn.initializers.zeros, (self.num_embeddings,))
-        return self._activation(stream) @ self._weights(kernel) + bias
+        return add_bias(self._activation(stream) @ self._weights(kernel), bias)
 
     def fresh(self, key: jax.Array) -> Any:
         """Variables as ``init`` gives them, for grids of the learned size."""
@@ -129,7 +130,7 @@ class Prior(nn.Module):
         y = jax.lax.conv_general_dilated(
             x, self._weights(kernel), (1, 1), "SAME", rhs_dilation=sides, dimension_numbers=layout
         )
-        return y + bias
+        return add_bias(y, bias)
 
     def _activation(self, x: jax.Array) -> jax.Array:
         return rounding.activation(x) if self.rounded else nn.relu(x)
