@@ -16,6 +16,8 @@ from vqvae_jax.runtime.randomness import Purpose, integer_for
 
 STEPS = 12
 """Steps by default; MaskGIT (Chang et al. 2022, arXiv:2202.04200) takes 8 to 12."""
+SWEEPS, MOST_REDRAWN, LEAST_REDRAWN = 16, 0.3, 0.02
+"""Sweeps in which codes are drawn again, and the share of them in the first sweep and after the last."""
 _CODES_AT_ONCE = 2**13
 """Codes whose logits are in memory at once."""
 
@@ -35,7 +37,8 @@ def draw_codes(
     """Grids of codes with those that are not known drawn from the prior.
 
     Codes are drawn in the coding order, by chance within a pass, in ``steps`` parts. The parts grow as a cosine
-    schedule says: the first codes, on which all others hang, are drawn one by one or nearly so.
+    schedule says: the first codes, on which all others hang, are drawn one by one or nearly so. Codes of one part do
+    not know of each other. So some are drawn again, given all others, in SWEEPS sweeps (Gibbs sampling): ever fewer.
 
     Args:
       program: the prior.
@@ -61,19 +64,27 @@ def draw_codes(
         context = program.context(before[rows], present[rows])
         rank = coding_order(height, width) + rng.random(there.shape)
         rank[there] = -1.0
-        order = np.argsort(rank.reshape(len(rows), -1), axis=1)
-        unknown = (~there).reshape(len(rows), -1).sum(axis=1)
+        places = np.argsort(np.argsort(rank.reshape(len(rows), -1), axis=1), axis=1).reshape(there.shape)
+        first = there.sum(axis=(1, 2), keepdims=True)
+        unknown = height * width - first
+
+        def draw(chosen: np.ndarray, given: np.ndarray, grids=grids, context=context, count=count) -> None:
+            """Draws the chosen codes, bool [rows, h, w], given others, of those rows that are wanted."""
+            logits = program.logits(grids, given, context)
+            for row in range(count):
+                scaled = logits[row][chosen[row]] / (2.0**rounding.LOGIT_BITS * temperature)
+                grids[row][chosen[row]] = np.argmax(scaled + rng.gumbel(size=scaled.shape), axis=1)
+
+        free = ~there
         for step in range(steps):
             share = 1 - math.cos(math.pi / 2 * (step + 1) / steps)
-            logits = program.logits(grids, there, context)
-            for row in range(count):
-                first = height * width - unknown[row]
-                after = height * width if step == steps - 1 else first + math.ceil(share * unknown[row])
-                chosen = order[row, first:after]
-                chosen = chosen[~there[row].flat[chosen]]
-                scaled = logits[row].reshape(-1, logits.shape[-1])[chosen] / (2.0**rounding.LOGIT_BITS * temperature)
-                grids[row].flat[chosen] = np.argmax(scaled + rng.gumbel(size=scaled.shape), axis=1)
-                there[row].flat[chosen] = True
+            chosen = ~there & (places < first + np.ceil(share * unknown))
+            draw(chosen, there)
+            there |= chosen
+        for sweep in range(SWEEPS):
+            share = MOST_REDRAWN + (LEAST_REDRAWN - MOST_REDRAWN) * sweep / SWEEPS
+            again = free & (rng.random(there.shape) < share)
+            draw(again, ~again)
         found[start : start + count] = grids[:count]
     return found
 
