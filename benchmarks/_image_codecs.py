@@ -1,86 +1,82 @@
-"""JPEG, JPEG 2000, WebP and AVIF by Pillow: what slices cost and look like over each codec's range of quality."""
+"""JPEG, JPEG 2000, WebP, JPEG XL and AVIF by Pillow: what slices cost and look like over each codec's qualities."""
 
+import contextlib
 import dataclasses
+import hashlib
 import io
+import json
 import math
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-import tqdm
-from PIL import Image, features
+from PIL import Image, ImageSequence, features
 from scipy.interpolate import PchipInterpolator
 
 from vqvae_jax import metrics
 from vqvae_jax.errors import ConfigError
-from vqvae_jax.models import vgg16
+from vqvae_jax.runtime.files import write_whole
 
-LAYERS = ("relu3_3",)
-"""Of VGG16, for the perceptual distance."""
-METRICS = ("ssim", "psnr", "perceptual")
-_BATCH = 32
+with contextlib.suppress(ImportError):
+    import pillow_jxl  # noqa: F401 - gives Pillow the format JXL
+
+METRICS = ("ssim", "psnr")
+PAYLOAD = ", no header"
+"""What a codec's name ends in where only the bytes of its compressed data are counted."""
+_QUALITIES = (5, 15, 25, 35, 45, 55, 65, 75)
+_JPEG2000_BITS = (0.08, 0.12, 0.2, 0.3, 0.4, 0.55, 0.7, 1)
+Curve = dict[str, np.ndarray]
+"""``bits_per_pixel`` (rising), ``ssim`` and ``psnr``, one value a setting."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
-    """One format: its names here, in Pillow and among Pillow's features; what to save with, setting by setting."""
+    """One format: its name here and in Pillow; what to save with, setting by setting.
+
+    ``sequence``: a volume's slices are one file, each predicted from those before; else each is a file.
+    """
 
     name: str
     format: str
-    feature: str
-    effort: str
     sweep: tuple[dict[str, Any], ...]
+    sequence: bool = False
 
     def encode(self, levels: np.ndarray, setting: dict[str, Any]) -> bytes:
-        """A whole file of a grey image uint8 [H, W]."""
+        """A whole file of grey images uint8 [N, H, W]; N is 1 but for a sequence."""
         file = io.BytesIO()
-        Image.fromarray(levels).save(file, self.format, **setting)
+        first, *others = map(Image.fromarray, levels)
+        more = {"save_all": True, "append_images": others} if self.sequence and others else {}
+        first.save(file, self.format, **setting, **more)
         return file.getvalue()
 
-    def smallest(self) -> int:
-        """Bytes of a file of one black pixel: as good as nothing but headers."""
-        return len(self.encode(np.zeros((1, 1), np.uint8), self.sweep[0]))
 
-
-_QUALITIES = (1, 3, 5, 8, 10, 15, 20, 25, 30, 40, 50, 60, 70, 80, 90)
-_JPEG2000_BITS = (0.04, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1, 1.5, 2, 3)
-
-
-def codecs(avif_speed: int) -> tuple[Codec, ...]:
-    """The four, each set as is best for it at its rates.
+def codecs(avif_speeds: Sequence[int]) -> tuple[Codec, ...]:
+    """All of them; JPEG XL where the package pillow-jxl-plugin is there.
 
     Args:
-      avif_speed: from 10 to 0 libavif takes longer and gets better.
+      avif_speeds: from 10 to 0 libavif takes longer and gets better. Sequences are made at the last of them.
 
     Raises:
       ConfigError: this Pillow was built without one of them.
     """
-    jpeg2000 = {"quality_mode": "rates", "irreversible": True, "no_jp2": True}
-    found = (
-        Codec("JPEG", "JPEG", "jpg", "optimised Huffman tables", _settings(_QUALITIES, optimize=True)),
-        Codec(
-            "JPEG 2000",
-            "JPEG2000",
-            "jpg_2000",
-            "9/7 wavelet, bare codestream",
-            tuple({**jpeg2000, "quality_layers": [8 / bits]} for bits in _JPEG2000_BITS),
-        ),
-        Codec("WebP", "WEBP", "webp", "lossy, method 6", _settings((0, *_QUALITIES), method=6)),
-        Codec(
-            "AVIF",
-            "AVIF",
-            "avif",
-            f"4:0:0, speed {avif_speed}",
-            _settings((0, *_QUALITIES), subsampling="4:0:0", speed=avif_speed),
-        ),
-    )
-    if missing := [codec.name for codec in found if not features.check(codec.feature)]:
+    if missing := [name for name in ("jpg", "jpg_2000", "webp", "avif") if not features.check(name)]:
         raise ConfigError(f"this Pillow cannot write {', '.join(missing)}; install 11.3 or newer")
-    return found
+    jpeg2000 = {"quality_mode": "rates", "irreversible": True, "no_jp2": True}
+    found = [
+        Codec("JPEG", "JPEG", _settings((1, *_QUALITIES), optimize=True)),
+        Codec("JPEG 2000", "JPEG2000", tuple({**jpeg2000, "quality_layers": [8 / bits]} for bits in _JPEG2000_BITS)),
+        Codec("WebP", "WEBP", _settings((0, *_QUALITIES), method=6)),
+    ]
+    if "JXL" in Image.SAVE:
+        found.append(Codec("JPEG XL", "JXL", _settings((1, *_QUALITIES), effort=9)))
+    for speed in avif_speeds:
+        found.append(Codec(f"AVIF speed {speed}", "AVIF", _settings(_QUALITIES, subsampling="4:0:0", speed=speed)))
+    last = found[-1]
+    return (*found, dataclasses.replace(last, name=f"AVIF sequence speed {avif_speeds[-1]}", sequence=True))
 
 
 def _settings(qualities: Sequence[int], **options: Any) -> tuple[dict[str, Any], ...]:
@@ -88,86 +84,103 @@ def _settings(qualities: Sequence[int], **options: Any) -> tuple[dict[str, Any],
 
 
 def decode(file: bytes) -> np.ndarray:
-    """The grey image uint8 [H, W] in a file."""
-    return np.asarray(Image.open(io.BytesIO(file)).convert("L"))
+    """The grey images uint8 [N, H, W] in a file."""
+    with Image.open(io.BytesIO(file)) as image:
+        return np.stack([np.asarray(frame.convert("L")) for frame in ImageSequence.Iterator(image)])
+
+
+def payload(file: bytes) -> int:
+    """Bytes of the compressed data in an AVIF file: what its ``mdat`` boxes hold (ISO/IEC 14496-12, section 4.2)."""
+    place = found = 0
+    while place < len(file):
+        size = int.from_bytes(file[place : place + 4], "big")
+        if file[place + 4 : place + 8] == b"mdat":
+            found += size - 8
+        place += size
+    return found
 
 
 def curves(
-    chosen: Sequence[Codec], images: Sequence[np.ndarray], vgg_variables: Any = None
-) -> dict[str, dict[str, np.ndarray]]:
-    """Rate and distortion of slices [H, W] in [0, 1], rounded to 8 bits for the codecs.
+    chosen: Sequence[Codec], volumes: Sequence[np.ndarray], say: Callable[[str], None], kept: Path
+) -> dict[str, Curve]:
+    """Rate and distortion of volumes float32 [N, H, W] in [0, 1], rounded to 8 bits for the codecs.
 
     Every setting is one point: the bits of all files over all pixels, and each metric's mean over the slices against
     the original before rounding.
 
+    Args:
+      chosen: the codecs.
+      volumes: the slices.
+      say: is given a line for each codec and setting.
+      kept: a JSON file of what was found, in which the same codec and slices are looked up first.
+
     Returns:
-      codec's name -> ``bits_per_pixel`` (rising), ``ssim``, ``psnr`` and ``perceptual`` (NaN without VGG16's
-      variables, or where slices are too small for it), one value a setting.
+      codec's name -> its curve; of AVIF also name + PAYLOAD.
     """
-    pixels = sum(image.size for image in images)
-    found = {codec.name: [defaultdict(list) for _ in codec.sweep] for codec in chosen}
-    batches = list(_batches(images))
-    bar = tqdm.tqdm(total=len(batches) * sum(map(len, found.values())), desc="Codecs", leave=False, disable=None)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, bar:
-        for originals in batches:
-            distances = _distances_to(originals, vgg_variables)
-            for codec in chosen:
-                for setting, point in zip(codec.sweep, found[codec.name], strict=True):
-                    files = list(pool.map(lambda x, c=codec, s=setting: c.encode(x, s), _to_levels(originals)))
-                    decoded = np.stack(list(pool.map(decode, files))).astype(np.float32) / 255
-                    point["bits"] += [8 * len(file) for file in files]
-                    for metric, values in metrics.measure(decoded, originals).items():
-                        point[metric] += values.tolist()
-                    point["perceptual"] += distances(decoded)
-                    bar.update()
-    result = {}
-    for name, points in found.items():
-        points.sort(key=lambda point: sum(point["bits"]))
-        rates = {"bits_per_pixel": np.array([sum(point["bits"]) / pixels for point in points])}
-        result[name] = rates | {metric: np.array([np.mean(point[metric]) for point in points]) for metric in METRICS}
-    return result
+    levels = [np.round(volume * 255).astype(np.uint8) for volume in volumes]
+    digest = hashlib.sha256(b"".join(volume.tobytes() for volume in volumes)).hexdigest()
+    known = json.loads(kept.read_text()) if kept.exists() else {}
+    found: dict[str, Curve] = {}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for codec in chosen:
+            key = hashlib.sha256(f"{digest} {codec}".encode()).hexdigest()
+            if key not in known:
+                known[key] = []
+                for setting in codec.sweep:
+                    known[key].append(point := _point(codec, setting, volumes, levels, pool))
+                    rate = setting.get("quality", setting.get("quality_layers"))
+                    say(
+                        f"{codec.name}, {rate}: {point['bits_per_pixel']:.4f} bits a pixel, SSIM {point['ssim']:.4f}, "
+                        f"{point['psnr']:.2f} dB, {point['seconds']:.1f} s"
+                    )
+                write_whole(kept, json.dumps(known))
+            found[codec.name] = _curve(known[key], "bits_per_pixel")
+            if codec.format == "AVIF":
+                found[codec.name + PAYLOAD] = _curve(known[key], "payload")
+    return found
 
 
-def at_rate(curve: dict[str, np.ndarray], bits_per_pixel: float, metric: str) -> float:
-    """A metric at a rate; NaN where the codec's files were all larger, or all smaller.
+def _point(
+    codec: Codec,
+    setting: dict[str, Any],
+    volumes: Sequence[np.ndarray],
+    levels: Sequence[np.ndarray],
+    pool: ThreadPoolExecutor,
+) -> dict[str, float]:
+    began = time.perf_counter()
+    units = [piece for volume in levels for piece in ([volume] if codec.sequence else volume[:, None])]
+    files = list(pool.map(lambda unit: codec.encode(unit, setting), units))
+    decoded = iter([image for images in pool.map(decode, files) for image in images])
+    values = {name: [] for name in METRICS}
+    for volume in volumes:
+        images = np.stack([next(decoded) for _ in volume]).astype(np.float32) / 255
+        for name, each in metrics.measure(images, volume).items():
+            values[name] += each.tolist()
+    pixels = sum(volume.size for volume in volumes)
+    point = {name: float(np.mean(each)) for name, each in values.items()}
+    point["bits_per_pixel"] = 8 * sum(map(len, files)) / pixels
+    point["payload"] = 8 * sum(map(payload, files)) / pixels if codec.format == "AVIF" else math.nan
+    point["seconds"] = time.perf_counter() - began
+    return point
 
-    By a monotone cubic over log2 of the rate: a straight line would cut below a curve that bends, to the codec's harm.
+
+def _curve(points: Sequence[dict[str, float]], rate: str) -> Curve:
+    """Points by rising rate, without those that another beats at less: a curve that rises."""
+    kept: list[dict[str, float]] = []
+    for point in sorted(points, key=lambda point: point[rate]):
+        if not kept or all(point[name] > kept[-1][name] for name in METRICS):
+            kept.append(point)
+    return {"bits_per_pixel": np.array([point[rate] for point in kept])} | {
+        name: np.array([point[name] for point in kept]) for name in METRICS
+    }
+
+
+def rate_for(curve: Curve, metric: str, value: float) -> float:
+    """Bits a pixel at which a codec reaches a metric's value; NaN beyond its curve. A monotone cubic in log2 of them.
+
+    Raises nothing: a curve of one point has no rates between.
     """
-    rates, values = curve["bits_per_pixel"], curve[metric]
-    if not rates[0] <= bits_per_pixel <= rates[-1] or np.isnan(values).any():
+    values = curve[metric]
+    if len(values) < 2 or not values[0] <= value <= values[-1]:
         return math.nan
-    distinct = np.unique(rates, return_index=True)[1]  # settings can coincide where slices are tiny
-    return float(PchipInterpolator(np.log2(rates[distinct]), values[distinct])(np.log2(bits_per_pixel)))
-
-
-def _to_levels(images: np.ndarray) -> np.ndarray:
-    return np.round(images * 255).astype(np.uint8)
-
-
-def _batches(images: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-    """The images in arrays [N, H, W] of one shape each."""
-    by_shape = defaultdict(list)
-    for image in images:
-        by_shape[image.shape].append(image)
-    for same in by_shape.values():
-        for start in range(0, len(same), _BATCH):
-            yield np.stack(same[start : start + _BATCH])
-
-
-def _distances_to(originals: np.ndarray, vgg_variables: Any) -> Callable[[np.ndarray], list[float]]:
-    """A function of images, of their perceptual distances to these originals, whose features are computed once."""
-    if vgg_variables is None or min(originals.shape[1:]) < vgg16.smallest_side(*LAYERS):
-        return lambda images: [math.nan] * len(images)
-    targets = [_features(vgg_variables, image) for image in originals]
-
-    def distances(images: np.ndarray) -> list[float]:
-        pairs = zip(images, targets, strict=True)
-        found = [metrics.perceptual_distance(_features(vgg_variables, image), target) for image, target in pairs]
-        return np.concatenate(found).tolist()
-
-    return distances
-
-
-@jax.jit
-def _features(vgg_variables: Any, image: np.ndarray) -> dict[str, jax.Array]:
-    return vgg16.VGG16(layers=LAYERS).apply(vgg_variables, image[None, ..., None])
+    return float(2 ** PchipInterpolator(values, np.log2(curve["bits_per_pixel"]))(value))

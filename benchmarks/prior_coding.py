@@ -12,31 +12,18 @@ import math
 import time
 from pathlib import Path
 
-import nibabel
+import _vqz
 import numpy as np
 from _measure import print_table, run
 
 import vqvae_jax
 from vqvae_jax.coding import entropy, prior_coder, vqz
-from vqvae_jax.coding.encoded import EncodedImages, EncodedNifti
 from vqvae_jax.data import hip_mri, loader
 from vqvae_jax.models.prior import coding_order
 from vqvae_jax.runtime import compilation, runs
 from vqvae_jax.training.checkpoint import load_variables
 from vqvae_jax.training.prior_data import CodeSource
 from vqvae_jax.training.step import replicate
-
-
-def file_of(indices: np.ndarray, size: tuple[int, int], fingerprint: str, num_embeddings: int) -> vqz.VqzFile:
-    """A .vqz file of slices' codes [N, h, w]; a volume of int16 where they are several."""
-    header = nibabel.Nifti1Header()
-    header.set_data_dtype(np.int16)
-    header.set_data_shape((*size, len(indices)) if len(indices) > 1 else size)
-    header["vox_offset"] = 352
-    ranges = np.tile(np.float32([3.5, 437.25]), (len(indices), 1))
-    images = EncodedImages(indices, (len(indices), *size), ranges)
-    encoded = EncodedNifti(images, header.binaryblock + bytes(4), 2 if len(indices) > 1 else None)
-    return vqz.VqzFile(encoded, num_embeddings, fingerprint)
 
 
 def main() -> None:
@@ -61,7 +48,7 @@ def main() -> None:
         prior_coder.bits(codes[some], prior)
     rows, seconds = [], {"encode": 0.0, "decode": 0.0}
     for name, places in sets.items():
-        files = [file_of(codes[place], size, model.fingerprint, num_embeddings) for place in places]
+        files = [_vqz.file_of(codes[place], size, model) for place in places]
         began = time.perf_counter()
         by_prior = [vqz.prior_to_bytes(file, prior) for file in files]
         encoded = time.perf_counter()

@@ -28,6 +28,8 @@ class Flags:
     """The best checkpoint by validation SSIM, or the newest."""
     slice_axis: int | None = None
     """Axis of a volume's slices; by default the one in the direction of training's slices."""
+    effort: Literal[0, 1, 2, 3] = 0
+    """How hard to look for codes of few bits and little error; needs a prior. 0 is fast, 3 takes seconds a slice."""
     overwrite: bool = False
     """Replace files that are there."""
     platform: _command.Platform = "auto"
@@ -48,8 +50,8 @@ def main() -> int:
 
     def encode(name: Path) -> None:
         path_out = flags.target / names[name]
-        options = {"slice_axis": flags.slice_axis, "overwrite": flags.overwrite, "progress": True}
-        made = vqz_files.encode_file(model, flags.source / name, path_out, **options)
+        options = {"slice_axis": flags.slice_axis, "effort": flags.effort, "overwrite": flags.overwrite}
+        made = vqz_files.encode_file(model, flags.source / name, path_out, **options, progress=True)
         _files.say_doubt(flags.source / name, made.axis_doubt)
         _files.say(f"{path_out}: {made}")
 

@@ -39,10 +39,15 @@ def _parse() -> tuple[Flags, Path | None]:
     early.add_argument("--preset")
     early.add_argument("--workdir", type=Path)
     early.add_argument("--resume", action="store_true")
+    early.add_argument("--from", dest="from_run", type=Path)
     known, _ = early.parse_known_args()
     if known.resume:
         run_dir = known.workdir or runs.newest()
         base = runs.load_config(run_dir)
+    elif known.from_run:
+        if known.preset:
+            raise ConfigError(f"--preset {known.preset}: --from has the settings of {known.from_run}; give one of them")
+        base, run_dir = runs.load_config(known.from_run), known.workdir
     else:
         preset = known.preset or "hipmri"
         if preset not in config.PRESETS:

@@ -6,7 +6,7 @@ Every field is also a flag of scripts/train.py under the same name (``hidden_cha
 
 import dataclasses
 import sys
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -178,10 +178,12 @@ class LossConfig:
     torchvision's names, Keras's .h5 without its top. Or "random" for untrained filters."""
     ssim_weight: float = 0.0
     """Weight of 1 - SSIM; 0 does not compute it."""
+    rate_weight: float = 0.0
+    """Weight of the bits a pixel that the codes take; above 0, --from is a run with a prior, and both are trained."""
 
     def __post_init__(self):
         object.__setattr__(self, "perceptual_layers", tuple(self.perceptual_layers))
-        _require_not_negative(self, "perceptual_weight", "ssim_weight")
+        _require_not_negative(self, "perceptual_weight", "ssim_weight", "rate_weight")
         _require(
             0 < len(self.perceptual_layers) == len(set(self.perceptual_layers)),
             "perceptual_layers",
@@ -194,6 +196,8 @@ class LossConfig:
 class TrainingConfig:
     """Optimisation: Adam, a learning rate that falls, clipped gradients."""
 
+    from_run: Annotated[str | None, tyro.conf.arg(name="from", metavar="RUN")] = None
+    """Start from this run's best weights and codebook, and with its settings, but for other flags given."""
     epochs: int = 50
     """Passes over the training slices."""
     batch_size: int = 32

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -26,13 +27,16 @@ from vqvae_jax.models import vgg_weights
 from vqvae_jax.runtime import distributed, runs
 from vqvae_jax.runtime.logs import MetricsLog
 from vqvae_jax.runtime.randomness import Purpose, integer_for
+from vqvae_jax.training import from_run
 from vqvae_jax.training.checkpoint import Checkpoints, Progress
+from vqvae_jax.training.rate_step import RISING_SHARE, make_rate_train_step
 from vqvae_jax.training.state import Variables, create_train_state, learning_rate_schedule
 from vqvae_jax.training.step import (
     StepMetrics,
     check_devices,
     check_ssim,
     fitted_train_step,
+    make_train_step,
     replicate,
     split_over_devices,
 )
@@ -48,6 +52,7 @@ _LABELS = {
     "perceptual": "Perceptual",
     "quantizer": "Quantizer",
     "ssim_loss": "1 - SSIM",
+    "bits_per_pixel": "Bits a pixel",
 }
 """The parts of the loss in the line of an epoch, by their names in the logs."""
 
@@ -93,12 +98,13 @@ def train_and_evaluate(
     """
     check_devices(config.training.batch_size, config.training.accumulate)
     check_ssim(config)
+    config = _with_absolute_paths(config)
+    from_run.check(config)
     with claimed_by_first(run_dir, resume):
         return _train_and_evaluate(config, run_dir, resume, log if distributed.is_first() else _quiet)
 
 
 def _train_and_evaluate(config: Config, run_dir: Path, resume: bool, log: Callable[[str], None]) -> Outcome:
-    config = _with_absolute_paths(config)
     # What is cheap comes first: weights may be fetched, and a data set built, for a long time.
     with distributed.first_alone():
         survey = hip_mri.look(config.data, config.model.image_size)
@@ -119,6 +125,7 @@ def _train_and_evaluate(config: Config, run_dir: Path, resume: bool, log: Callab
             trainer.run(stop)
             if stop:
                 return Outcome(trainer.step, None)
+            trainer.finish()
     except OSError as error:
         raise CheckpointError(
             f"--workdir {run_dir}: cannot be written ({error}); free space and go on with --resume"
@@ -147,7 +154,11 @@ def _with_absolute_paths(config: Config) -> Config:
     data = dataclasses.replace(data, data=place, tfds_dir=os.path.abspath(data.tfds_dir))
     if weights not in (vgg_weights.AUTO, vgg_weights.RANDOM):
         weights = os.path.abspath(Path(weights).expanduser())
-    return dataclasses.replace(config, data=data, loss=dataclasses.replace(config.loss, vgg_weights=weights))
+    training = config.training
+    if training.from_run is not None:
+        training = dataclasses.replace(training, from_run=os.path.abspath(training.from_run))
+    loss = dataclasses.replace(config.loss, vgg_weights=weights)
+    return dataclasses.replace(config, data=data, loss=loss, training=training)
 
 
 def _with_direction(config: Config, survey: Survey) -> Config:
@@ -200,8 +211,9 @@ class Trainer:
         self._log = log
         splits = ("train", "validation")
         train, validation = loader.open_splits(survey, config.data, config.model.image_size, splits, log)
+        self._prior = from_run.prior_config(config) if config.loss.rate_weight else None
         self._loader = loader.TrainLoader(
-            train,
+            loader.Clips(train, self._prior.neighbours) if self._prior else train,
             config.training.batch_size,
             integer_for(config.training.seed, Purpose.ORDER),
             parts=config.training.accumulate,
@@ -213,13 +225,20 @@ class Trainer:
         drawn = np.linspace(0, len(validation) - 1, min(config.training.sample_images, len(validation)))
         self._drawn = [int(index) for index in drawn]
         self._vgg_variables = replicate(vgg_variables)
+        self._steps = config.training.epochs * self._loader.steps_per_epoch
         self._state = create_train_state(config, self._loader.batches_per_epoch)
+        if config.training.from_run:
+            self._state = from_run.started(config, self._state)
+            log(f"Starts from the best checkpoint of {config.training.from_run}")
+        if self._prior:
+            self._state = from_run.with_prior(config, self._prior, self._state, self._steps)
         self._train_step: Callable | None = None
         self._progress = Progress(slices=len(train))
         self._slices = len(train)
         self._checkpoints = Checkpoints(run_dir)
         self._metrics: MetricsLog | None = None
         self._compiled = False
+        self._bits = 0.0
         self._describe(len(train), len(validation))
 
     @property
@@ -286,7 +305,7 @@ class Trainer:
             begin = time.perf_counter()
             while progress.steps_in_epoch < steps and not stop.soon():
                 asked = time.perf_counter()
-                images = split_over_devices(next(self._loader))
+                images = jax.tree.map(split_over_devices, next(self._loader))
                 clock.waiting += time.perf_counter() - asked
                 if self._train_step is None:
                     self._train_step = self._compile(images)
@@ -308,8 +327,10 @@ class Trainer:
         progress.loader = self._loader.get_state()
         return clock
 
-    def _compile(self, images: np.ndarray) -> Callable:
-        step, remat = fitted_train_step(self._config, self._state, images, self._vgg_variables)
+    def _compile(self, images: Any) -> Callable:
+        make = functools.partial(make_rate_train_step, prior_config=self._prior, steps=self._steps)
+        make = make if self._prior else make_train_step
+        step, remat = fitted_train_step(make, self._config, self._state, images, self._vgg_variables)
         if self._config.training.remat == "auto" and remat != "none":
             self._log(f"Memory: --remat {remat}, since the step would not fit with less computed again")
         return step
@@ -326,6 +347,8 @@ class Trainer:
         }
         if config.ssim_weight:
             values["ssim_loss"] = metrics.losses.ssim
+        if config.rate_weight:
+            values["bits_per_pixel"] = metrics.losses.rate
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         if not all(map(math.isfinite, values.values())):
             raise DivergenceError(self._divergence(-(-number // self._config.training.accumulate), values))
@@ -365,7 +388,16 @@ class Trainer:
             path = self._run_dir / runs.SAMPLES / f"epoch_{progress.epoch:04d}.png"
             pairs = [result.kept[index] for index in self._drawn]
             evaluate.draw(path, result, pairs, [f"slice {index + 1}" for index in self._drawn])
-        self._save(summary["ssim"])
+        risen = not self._prior or self.step >= RISING_SHARE * self._steps
+        self._bits = means.get("bits_per_pixel", self._bits)
+        self._save(summary["ssim"] if risen else None)
+
+    def finish(self) -> None:
+        """Writes the prior that was trained along, of the best checkpoint, to the run's folder."""
+        if self._prior:
+            state, _ = self._checkpoints.restore(self._state, "best")
+            share = 1 - self._bits * self._config.model.downsampling**2 / math.log2(self._config.model.num_embeddings)
+            from_run.save_prior(self._run_dir, self._config, self._prior, state, share)
 
     def _save(self, ssim: float | None) -> None:
         self._checkpoints.save(self._state, self._progress, ssim)

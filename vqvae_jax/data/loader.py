@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 from vqvae_jax.config import DataConfig
-from vqvae_jax.data import hip_mri
+from vqvae_jax.data import hip_mri, volumes
 from vqvae_jax.data.grid import fit
 from vqvae_jax.data.intensity import scale
 from vqvae_jax.data.survey import Survey
@@ -126,15 +126,35 @@ def open_splits(
     return [Slices(builder.as_data_source(split=split), config, image_size) for split in splits]
 
 
+class Clips:
+    """Random access to slices, each with those before it in its volume.
+
+    An item is a dict: ``images`` [H, W, 1], ``before`` [neighbours, H, W, 1], the slice before first, and ``present``
+    bool [neighbours], which of those there are.
+    """
+
+    def __init__(self, slices: Slices, neighbours: int):
+        self._slices = slices
+        self._before = volumes.around(*volumes.of_slices(slices), [-1 - offset for offset in range(neighbours)])
+
+    def __len__(self) -> int:
+        return len(self._slices)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        places = self._before[index]
+        before = np.stack([self._slices[int(place) if place >= 0 else index] for place in places])
+        return {"images": self._slices[index], "before": before, "present": places >= 0}
+
+
 class TrainLoader:
-    """An endless stream of training images [batch_size / parts / processes, H, W, 1].
+    """An endless stream of training images [batch_size / parts / processes, H, W, 1], or of `Clips` of them.
 
     The stream is a function of the seed alone: each epoch is one permutation of the split cut into
     ``batches_per_epoch`` batches (what is left over differs from epoch to epoch). Each batch is cut into ``parts``,
     one step each, which the processes share between them, so that a run resumes with another number of processes.
 
     Args:
-      slices: the training split.
+      slices: the training split, as `Slices` or `Clips`.
       batch_size: slices in a batch, over all processes.
       seed: fixes the order.
       parts: steps that a batch is given in.
@@ -146,7 +166,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        slices: Slices,
+        slices: Slices | Clips,
         batch_size: int,
         seed: int,
         *,
@@ -168,10 +188,10 @@ class TrainLoader:
         dataset = dataset.batch(batch_size // parts // process_count, drop_remainder=True).repeat()
         self._iterator = iter(dataset.to_iter_dataset(_READ_BATCHES))
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator[Any]:
         return self
 
-    def __next__(self) -> np.ndarray:
+    def __next__(self) -> Any:
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:

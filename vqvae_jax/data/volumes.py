@@ -1,6 +1,7 @@
 """Which slices of a split follow one another in a volume."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,18 @@ def neighbours(volume: np.ndarray, numbers: Sequence[int], offset: int) -> np.nd
     places = {(int(own), int(number)): place for place, (own, number) in enumerate(zip(volume, numbers, strict=True))}
     wanted = ((int(own), int(number) + offset) for own, number in zip(volume, numbers, strict=True))
     return np.array([places.get(key, -1) for key in wanted], np.int32)
+
+
+def of_slices(slices: Any) -> tuple[np.ndarray, list[int]]:
+    """``volumes`` of a split (`loader.Slices`), and each slice's number in its volume."""
+    samples = [slices.sample(place) for place in range(len(slices))]
+    numbers = [sample.slice for sample in samples]
+    return volumes([sample.file for sample in samples], [sample.case for sample in samples], numbers), numbers
+
+
+def around(volume: np.ndarray, numbers: Sequence[int], offsets: Sequence[int]) -> np.ndarray:
+    """`neighbours` at several offsets: int32 [N, offsets]."""
+    return np.stack([neighbours(volume, numbers, offset) for offset in offsets], axis=1)
 
 
 def _volume(file: str, case: str) -> tuple:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -21,19 +19,16 @@ from vqvae_jax.config import Config
 from vqvae_jax.data import grid, intensity, nifti, nifti_write, slice_axes
 from vqvae_jax.errors import CheckpointError, DataError
 from vqvae_jax.inference import prior
+from vqvae_jax.inference.effort import Chooser
+from vqvae_jax.models.fingerprint import fingerprint
 from vqvae_jax.models.prior_integers import PriorProgram
-from vqvae_jax.models.vqvae import VQVAE, decoding_variables
+from vqvae_jax.models.vqvae import VQVAE
 from vqvae_jax.runtime import compilation, runs
 from vqvae_jax.training import checkpoint
 from vqvae_jax.training.state import Variables
 
 CPU_PIXELS_AT_ONCE, DEVICE_PIXELS_AT_ONCE = 2**17, 2**20
 """Of the images that go through the model together."""
-DECODING_SETTINGS = (
-    *("image_size", "downsampling", "hidden_channels", "residual_blocks", "residual", "attention"),
-    *("embedding_dim", "num_embeddings", "code_dim", "reference_flatten", "precision"),
-)
-"""Fields of ModelConfig that decoding depends on."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,13 +117,7 @@ class TrainedModel:
 
         The same wherever the same model is loaded, however it was trained and whatever its encoder.
         """
-        settings = {name: getattr(self.config.model, name) for name in DECODING_SETTINGS}
-        settings |= {"fit": self.config.data.fit}
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        for path, leaf in sorted(decoding_variables(self._variables).items()):
-            digest.update(f"{path} {leaf.shape}".encode())
-            digest.update(np.asarray(leaf, "<f4").tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.config, self._variables)
 
     @functools.cached_property
     def prior(self) -> PriorProgram | None:
@@ -193,15 +182,30 @@ class TrainedModel:
         return self.decode(self.encode(x, intensity_range=intensity_range, progress=progress), progress=progress)
 
     def encode(
-        self, x: np.ndarray, *, intensity_range: tuple[float, float] | None = None, progress: bool = False
+        self,
+        x: np.ndarray,
+        *,
+        intensity_range: tuple[float, float] | None = None,
+        effort: int = 0,
+        volume: bool = False,
+        progress: bool = False,
     ) -> EncodedImages:
-        """Codes of images. Arguments and errors as for ``reconstruct``."""
+        """Codes of images. Arguments and errors as for ``reconstruct``, and:
+
+        Args:
+          x, intensity_range, progress: as for ``reconstruct``.
+          effort: 0 takes the nearest codes; 1 to 3 choose codes of few bits and little error (`inference.effort`).
+          volume: they are consecutive slices of a volume, for whose bits those before count.
+
+        Raises:
+          CheckpointError: ``effort`` above 0, and the run has no prior.
+        """
         images = _checked(x)
         if intensity_range is None:
             limits = [intensity.intensity_range(image, self.config.data.scale_percentiles) for image in images]
         else:
             limits = [_checked_range(intensity_range)] * len(images)
-        indices = self._indices(images, limits, progress)
+        indices = self._codes(images, limits, effort, volume, progress)
         return EncodedImages(indices, tuple(np.shape(x)), np.array(limits, np.float32))
 
     def decode(self, encoded: EncodedImages, *, progress: bool = False) -> np.ndarray:
@@ -221,19 +225,23 @@ class TrainedModel:
                 images[index] = intensity.unscale(own, *map(float, encoded.ranges[index]))
         return images.reshape(encoded.shape)
 
-    def encode_nifti(self, path: str | Path, *, slice_axis: int | None = None, progress: bool = False) -> EncodedNifti:
+    def encode_nifti(
+        self, path: str | Path, *, slice_axis: int | None = None, effort: int = 0, progress: bool = False
+    ) -> EncodedNifti:
         """Codes of a NIfTI file's slices, scaled by percentiles of the whole file as in training.
 
         Args:
           path: a ``.nii`` or ``.nii.gz`` file.
           slice_axis: axis of the slices of a volume. By default the one in the anatomical direction of training's;
             where that is not known, what the header's ``dim_info`` names, else the one whose spacing stands out.
+          effort: as for ``encode``.
           progress: show a progress bar where it takes long.
 
         Raises:
           DataError: the file cannot be read, or its voxels are RGB or complex.
+          CheckpointError: ``effort`` above 0, and the run has no prior.
         """
-        return self._encode_nifti(Path(path), slice_axis, progress)[0]
+        return self._encode_nifti(Path(path), slice_axis, effort, progress)[0]
 
     def decode_nifti(
         self, encoded: EncodedNifti, path_out: str | Path, *, overwrite: bool = False, progress: bool = False
@@ -276,7 +284,7 @@ class TrainedModel:
         path_in, path_out = Path(path_in), Path(path_out)
         outputs = [path_out] if difference is None else [path_out, Path(difference)]
         _check_outputs(path_in, outputs, overwrite)
-        encoded, originals = self._encode_nifti(path_in, slice_axis, progress)
+        encoded, originals = self._encode_nifti(path_in, slice_axis, 0, progress)
         images = self.decode(encoded.images, progress=progress)
         ssim, psnr = _similarities(images, originals, encoded.images.ranges)
         nifti_write.write(path_out, _stacked(images, encoded), encoded.header, overwrite=overwrite)
@@ -285,7 +293,9 @@ class TrainedModel:
             nifti_write.write(Path(difference), _stacked(images - originals, encoded), header, overwrite=overwrite)
         return NiftiResult(ssim, psnr, encoded.slice_axis, encoded.axis_reason, encoded.axis_doubt)
 
-    def _encode_nifti(self, path: Path, slice_axis: int | None, progress: bool) -> tuple[EncodedNifti, np.ndarray]:
+    def _encode_nifti(
+        self, path: Path, slice_axis: int | None, effort: int, progress: bool
+    ) -> tuple[EncodedNifti, np.ndarray]:
         """The file's codes, and its slices [N, H, W]."""
         try:
             volume = nifti.read(path, nan=self.config.data.nan)
@@ -295,7 +305,7 @@ class TrainedModel:
         except DataError as error:
             raise DataError(f"{path} {error}") from error
         limits = [intensity.intensity_range(volume.voxels, self.config.data.scale_percentiles)] * len(images)
-        indices = self._indices(images, limits, progress)
+        indices = self._codes(images, limits, effort, cut.axis is not None, progress)
         encoded = EncodedImages(indices, images.shape, np.array(limits, np.float32))
         return EncodedNifti(encoded, volume.header, cut.axis, cut.reason, cut.doubt), images
 
@@ -306,6 +316,31 @@ class TrainedModel:
         if asked is None and trained.slice_direction is None:
             asked = trained.slice_axis
         return slice_axes.choose(header, asked, trained.slice_direction)
+
+    def _codes(
+        self, images: np.ndarray, limits: list[tuple[float, float]], effort: int, volume: bool, progress: bool
+    ) -> np.ndarray:
+        """Indices [N, h, w] of images [N, H, W], the nearest or chosen with effort."""
+        if not effort:
+            return self._indices(images, limits, progress)
+        if self.prior is None:
+            raise CheckpointError(
+                f"{self._run_dir}: has no prior over its codes, by which an effort above 0 chooses them; train one by "
+                "scripts/train_prior.py"
+            )
+        size = self._grid_of(images.shape[1:])
+        found: list[np.ndarray] = []
+        rows = zip(images, limits, strict=True)
+        bar = tqdm.tqdm(rows, "Choosing codes", len(images), leave=False, delay=1, disable=None if progress else True)
+        for number, (image, limit) in enumerate(bar):
+            fitted = grid.fit(intensity.scale(image, *limit), size, self.config.data.fit)[..., None]
+            first = number // prior_coder.GROUP * prior_coder.GROUP if volume else number
+            found.append(self._chooser.choose(fitted, found[first:][::-1], effort))
+        return np.stack(found)
+
+    @functools.cached_property
+    def _chooser(self) -> Chooser:
+        return Chooser(self.config, self._variables, self.prior)
 
     def _indices(self, images: np.ndarray, limits: list[tuple[float, float]], progress: bool) -> np.ndarray:
         """Indices [N, h, w] of images [N, H, W]."""

@@ -51,12 +51,16 @@ def encode_file(
     path_out: Path,
     *,
     slice_axis: int | None = None,
+    effort: int = 0,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Compression:
     """Writes a NIfTI file's codes as a .vqz file, whole or not at all; by the run's prior where it has one.
 
+    ``effort`` is that of `TrainedModel.encode`.
+
     Raises:
+      CheckpointError: ``effort`` above 0, and the run has no prior.
       DataError: the file cannot be read; or the output exists, and ``overwrite`` is not set, or cannot be written; or
         the model has more codes than a .vqz file may have.
     """
@@ -67,7 +71,7 @@ def encode_file(
             f"{path_out}: cannot hold the model's {num_embeddings} kinds of codes; use a model with "
             f"{entropy.MAX_CODES} or fewer"
         )
-    encoded = model.encode_nifti(path, slice_axis=slice_axis, progress=progress)
+    encoded = model.encode_nifti(path, slice_axis=slice_axis, effort=effort, progress=progress)
     stored = nifti.read_bytes(path)[len(encoded.header) :]
     size = vqz.save(path_out, vqz.VqzFile(encoded, num_embeddings, model.fingerprint), model.prior)
     return Compression(

@@ -33,6 +33,7 @@ class QuantizerOutput:
     Attributes:
       quantized: [..., D], the chosen codes; gradients pass through them to the latents.
       indices: int32 [...], which code was chosen.
+      latents: float32 [..., d], what the codes were compared with.
       loss: what to add to the training loss.
       codebook_loss: mean squared distance, moving the codes towards the latents.
       commitment_loss: the same distance, moving the latents towards the codes.
@@ -41,6 +42,7 @@ class QuantizerOutput:
 
     quantized: jax.Array
     indices: jax.Array
+    latents: jax.Array
     loss: jax.Array
     codebook_loss: jax.Array
     commitment_loss: jax.Array
@@ -67,6 +69,13 @@ def nearest(latents: jax.Array, codebook: jax.Array) -> jax.Array:
     padded = jnp.pad(flat, ((0, -len(flat) % blocks), (0, 0))).reshape(blocks, -1, flat.shape[1])
     indices = jax.lax.map(choose, padded).reshape(-1)[: len(flat)]
     return checkpoint_name(indices.reshape(latents.shape[:-1]), CHOICE)
+
+
+def squared_distances(latents: jax.Array, codebook: jax.Array) -> jax.Array:
+    """|z - e|^2 float32 [..., K] of latents [..., d] to all codes [K, d]."""
+    products = jnp.matmul(latents, codebook.T, precision=jax.lax.Precision.HIGHEST)
+    squares = jnp.sum(jnp.square(codebook), axis=1) - 2 * products
+    return jnp.maximum(squares + jnp.sum(jnp.square(latents), axis=-1, keepdims=True), 0)
 
 
 def straight_through(latents: jax.Array, codes: jax.Array) -> jax.Array:
@@ -122,6 +131,10 @@ class VectorQuantizer(nn.Module):
         """Codes float32 [..., D] of indices [...]."""
         return jnp.take(self.codebook, indices, axis=0)
 
+    def widen(self, codes: jax.Array) -> jax.Array:
+        """What a decoder takes, of codes [..., D]: themselves."""
+        return codes
+
     def _initial(self, key: jax.Array, shape: tuple[int, int]) -> jax.Array:
         bound = 1 / self.num_embeddings
         return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
@@ -138,6 +151,7 @@ class VectorQuantizer(nn.Module):
         return QuantizerOutput(
             quantized=straight_through(z, codes).astype(latents.dtype),
             indices=indices,
+            latents=z,
             loss=codebook_loss + self.commitment_cost * commitment_loss,
             codebook_loss=codebook_loss,
             commitment_loss=commitment_loss,
@@ -260,4 +274,8 @@ class ProjectedQuantizer(nn.Module):
 
     def lookup(self, indices: jax.Array) -> jax.Array:
         """Projected codes float32 [..., D] of indices [...]: what a decoder takes."""
-        return self.project_out(self.quantizer.lookup(indices))
+        return self.widen(self.quantizer.lookup(indices))
+
+    def widen(self, codes: jax.Array) -> jax.Array:
+        """What a decoder takes, [..., D], of codes [..., code_dim]."""
+        return self.project_out(codes)

@@ -169,6 +169,15 @@ class VQVAE(nn.Module):
         """Indices int32 [N, h, w] of images [N, H, W, 1]: all that is kept of them."""
         return self.quantize(self.encode(images)).indices
 
+    def to_latents(self, images: jax.Array) -> jax.Array:
+        """What the codes are chosen by, float32 [N, h, w, d], of images [N, H, W, 1]."""
+        return self.quantize(self.encode(images)).latents
+
+    def from_codes(self, codes: jax.Array) -> jax.Array:
+        """Images [N, H, W, 1] in [0, 1] of vectors [N, h, w, d], such as codes are."""
+        vectors = self.quantizer.widen(codes)
+        return self.decode(_from_reference_rows(vectors) if self.config.reference_flatten else vectors)
+
     def from_indices(self, indices: jax.Array) -> jax.Array:
         """Images [N, H, W, 1] in [0, 1] of indices int32 [N, h, w]."""
         return self.decode(self.lookup(indices))

@@ -1,8 +1,8 @@
 """Save and restore a run's state: the only file that knows Orbax.
 
-A checkpoint holds ``model`` (parameters, batch statistics, codebook), ``optimizer`` (its state and the step),
-``progress`` (JSON: see `Progress`), and the CRC-32 of all their files. The newest and the best by validation SSIM are
-kept.
+A checkpoint holds ``model`` (parameters, batch statistics, codebook), ``optimizer`` (its state, the step, and a prior
+that is trained along), ``progress`` (JSON: see `Progress`), and the CRC-32 of all their files. The newest and the best
+by validation SSIM are kept.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -20,7 +20,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from vqvae_jax.config import Config
 from vqvae_jax.errors import CheckpointError
 from vqvae_jax.runtime import runs
-from vqvae_jax.training.state import TrainState, Variables, init_variables
+from vqvae_jax.training.state import RateState, TrainState, Variables, init_variables
 
 BEST_METRIC = "ssim"
 CHECKSUMS = "crc32.json"
@@ -29,6 +29,7 @@ CHECKSUMS = "crc32.json"
 _FREE_SPACE = "; free space if the disk is full, and go on with --resume"
 
 Which = Literal["best", "newest"]
+_State = TypeVar("_State", TrainState, RateState)
 
 
 @dataclasses.dataclass
@@ -94,7 +95,7 @@ class Checkpoints:
                     f"{path}: is damaged; remove {path.parents[1]} to use the run's other checkpoint"
                 ) from error
 
-    def save(self, state: TrainState, progress: Progress, score: float | None) -> None:
+    def save(self, state: TrainState | RateState, progress: Progress, score: float | None) -> None:
         """Starts saving in the background. Saving a step that is already there does nothing.
 
         Raises:
@@ -108,7 +109,7 @@ class Checkpoints:
             state = jax.device_get(state)
         items = ocp.args.Composite(
             model=ocp.args.StandardSave(state.variables),
-            optimizer=ocp.args.StandardSave(_optimizer_tree(state)),
+            optimizer=ocp.args.StandardSave(state.beyond_model),
             progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
         )
         # Saved between two evaluations: never the best.
@@ -130,7 +131,7 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder}: holds no finished checkpoint; train for an epoch first")
         return step
 
-    def restore(self, state: TrainState, which: Which = "newest") -> tuple[TrainState, Progress]:
+    def restore(self, state: _State, which: Which = "newest") -> tuple[_State, Progress]:
         """A whole state to train on, and its progress. ``state`` gives structure and shapes.
 
         Raises:
@@ -138,14 +139,11 @@ class Checkpoints:
         """
         items = ocp.args.Composite(
             model=ocp.args.StandardRestore(_abstract(state.variables)),
-            optimizer=ocp.args.StandardRestore(_abstract(_optimizer_tree(state))),
+            optimizer=ocp.args.StandardRestore(_abstract(state.beyond_model)),
             progress=ocp.args.JsonRestore(),
         )
         found = self._restore(which, items)
-        model_state = dict(found["model"])
-        params = model_state.pop("params")
-        state = state.replace(params=params, model_state=model_state, **found["optimizer"])
-        return state, Progress(**found["progress"])
+        return state.restored(found["model"], found["optimizer"]), Progress(**found["progress"])
 
     def restore_variables(self, variables: Variables, which: Which = "best") -> Variables:
         """The model's variables alone. ``variables`` gives their shapes.
@@ -225,10 +223,6 @@ def _check_shapes(folder: Path, variables: Any) -> None:
         if stored.get(name) != expected.get(name):
             found, wanted = stored.get(name, "absent"), expected.get(name, "absent")
             raise ValueError(f"{name} is {found}, but {wanted} in the model of config.json")
-
-
-def _optimizer_tree(state: TrainState) -> dict[str, Any]:
-    return {"opt_state": state.opt_state, "step": state.step}
 
 
 def _abstract(tree: Any) -> Any:

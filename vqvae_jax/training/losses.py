@@ -9,7 +9,7 @@ import jax.numpy as jnp
 class Losses:
     """Scalars float32: ``total``, and the parts whose weighted sum it is (see `LossConfig`).
 
-    ``ssim`` is 1 - SSIM. A part that is switched off is 0.
+    ``ssim`` is 1 - SSIM, ``rate`` the bits a pixel that a prior spends on the codes. A part that is switched off is 0.
     """
 
     total: jax.Array
@@ -17,6 +17,7 @@ class Losses:
     perceptual: jax.Array
     quantizer: jax.Array
     ssim: jax.Array
+    rate: jax.Array
 
 
 def l1_loss(reconstruction: jax.Array, target: jax.Array) -> jax.Array:

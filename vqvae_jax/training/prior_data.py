@@ -57,13 +57,10 @@ class CodeSource:
         self._variables = variables
         self._slices = slices
         self._seed = seed
-        samples = [slices.sample(place) for place in range(len(slices))]
-        numbers = [sample.slice for sample in samples]
-        self._numbers = numbers
-        self._volume = volumes.volumes([s.file for s in samples], [s.case for s in samples], numbers)
+        self._volume, self._numbers = volumes.of_slices(slices)
         offsets = range(1, neighbours + 1)
-        self._before = np.stack([volumes.neighbours(self._volume, numbers, -offset) for offset in offsets], axis=1)
-        self._after = np.stack([volumes.neighbours(self._volume, numbers, offset) for offset in offsets], axis=1)
+        self._before = volumes.around(self._volume, self._numbers, [-offset for offset in offsets])
+        self._after = volumes.around(self._volume, self._numbers, offsets)
         model, augmentation = VQVAE(config.model), dataclasses.replace(config.augmentation, flip=True)
 
         def encode(variables, images):

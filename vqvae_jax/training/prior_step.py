@@ -84,17 +84,24 @@ def codebook_of(variables: Variables) -> jax.Array:
     return codebook
 
 
-def draw_known(key: jax.Array, order: np.ndarray) -> jax.Array:
+def draw_known(key: jax.Array, order: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Which codes of a grid are known, bool [h, w]: at random, or all before some pass of the coding order.
 
     A random share of all positions is known, or what comes before a pass. Passes are drawn by the square root of
     their sizes: the many codes of late ones are what bits are spent on, but all hang on the early ones.
+
+    Returns:
+      The mask; and weights float32 [h, w], 0 but for the codes of that pass. The expected sum of weights times bits
+      is the mean bits a code, as the coder spends them.
     """
     sizes = np.bincount(order.ravel(), minlength=PASSES)
+    shares = jnp.asarray(sizes**0.5 / (sizes**0.5).sum())
     kind, share, cells, number = jax.random.split(key, 4)
     at_random = jax.random.uniform(cells, order.shape) < jax.random.uniform(share)
-    first = jax.random.choice(number, PASSES, p=jnp.asarray(sizes**0.5 / (sizes**0.5).sum()))
-    return jnp.where(jax.random.bernoulli(kind, RANDOM_SHARE), at_random, order < first)
+    first = jax.random.choice(number, PASSES, p=shares)
+    random = jax.random.bernoulli(kind, RANDOM_SHARE)
+    weight = jnp.where(random, 0, 1 / (shares[first] * (1 - RANDOM_SHARE) * order.size))
+    return jnp.where(random, at_random, order < first), weight * (order == first)
 
 
 def draw_present(key: jax.Array, present: jax.Array) -> jax.Array:
@@ -108,25 +115,36 @@ def cross_entropy(logits: jax.Array, indices: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, indices)
 
 
-def make_prior_train_step(config: PriorConfig, model: ModelConfig) -> Callable[[TrainState, Grids], tuple]:
-    """The pmapped step: (state, Grids [devices, B, ...]) -> (state, loss), where the loss is bits a code.
+def draw_masks(
+    config: PriorConfig, step: jax.Array, present: jax.Array, size: tuple[int, int]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``draw_known`` and ``draw_present`` of each of this device's slices: [N, h, w], [N, h, w], [N, neighbours]."""
+    key = key_for(config.seed, Purpose.MASKS, step)
+    keys = jax.vmap(lambda place: jax.random.split(jax.random.fold_in(key, place)))(places(len(present)))
+    known, weights = jax.vmap(lambda key: draw_known(key, coding_order(*size)))(keys[:, 0])
+    return known, weights, jax.vmap(draw_present)(keys[:, 1], present)
 
-    The loss is the mean over slices of the mean over their unknown codes. State and loss have no device axis.
+
+def unknown_nats(logits: jax.Array, indices: jax.Array, known: jax.Array) -> jax.Array:
+    """The prior's loss: the mean over slices of the mean nats of their unknown codes."""
+    nats = jnp.where(known, 0, cross_entropy(logits, indices))
+    unknown = jnp.maximum(jnp.sum(~known, axis=(1, 2)), 1)
+    return jnp.mean(jnp.sum(nats, axis=(1, 2)) / unknown)
+
+
+def make_prior_train_step(config: PriorConfig, model: ModelConfig) -> Callable[[TrainState, Grids], tuple]:
+    """The pmapped step: (state, Grids [devices, B, ...]) -> (state, loss), where the loss is bits an unknown code.
+
+    State and loss have no device axis.
     """
     prior = make_prior(config, model)
 
     def train_step(state, grids):
-        order = coding_order(*grids.indices.shape[1:])
-        key = key_for(config.seed, Purpose.MASKS, state.step)
-        keys = jax.vmap(lambda place: jax.random.split(jax.random.fold_in(key, place)))(places(len(grids.indices)))
-        known = jax.vmap(lambda key: draw_known(key, order))(keys[:, 0])
-        present = jax.vmap(draw_present)(keys[:, 1], grids.present)
+        known, _, present = draw_masks(config, state.step, grids.present, grids.indices.shape[1:])
 
         def loss_fn(params):
             logits = prior.apply({"params": params}, grids.indices, known, grids.before, present)
-            nats = jnp.where(known, 0, cross_entropy(logits, grids.indices))
-            unknown = jnp.maximum(jnp.sum(~known, axis=(1, 2)), 1)
-            return jnp.mean(jnp.sum(nats, axis=(1, 2)) / unknown)
+            return unknown_nats(logits, grids.indices, known)
 
         loss, gradients = jax.value_and_grad(loss_fn)(state.params)
         loss, gradients = jax.lax.pmean((loss, gradients), AXIS)

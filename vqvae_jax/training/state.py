@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -28,6 +29,49 @@ class TrainState(train_state.TrainState):
     def variables(self) -> Variables:
         """What the model's ``apply`` takes."""
         return {"params": self.params, **self.model_state}
+
+    @property
+    def beyond_model(self) -> dict[str, Any]:
+        """What training needs beside ``variables``."""
+        return {"opt_state": self.opt_state, "step": self.step}
+
+    def restored(self, variables: Variables, beyond_model: dict[str, Any]) -> "TrainState":
+        """This state with other ``variables`` and ``beyond_model``."""
+        model_state = dict(variables)
+        return self.replace(params=model_state.pop("params"), model_state=model_state, **beyond_model)
+
+
+@flax.struct.dataclass
+class RateState:
+    """The states of a model and of the prior over its codes, which are trained together. Used as the model's own."""
+
+    model: TrainState
+    prior: TrainState
+
+    @property
+    def step(self) -> jax.Array:
+        """The model's step."""
+        return self.model.step
+
+    @property
+    def params(self) -> Any:
+        """The model's parameters."""
+        return self.model.params
+
+    @property
+    def variables(self) -> Variables:
+        """What the model's ``apply`` takes."""
+        return self.model.variables
+
+    @property
+    def beyond_model(self) -> dict[str, Any]:
+        """What training needs beside ``variables``: the prior's parameters too."""
+        return {"model": self.model.beyond_model, "prior": {"params": self.prior.params, **self.prior.beyond_model}}
+
+    def restored(self, variables: Variables, beyond_model: dict[str, Any]) -> "RateState":
+        """This state with other ``variables`` and ``beyond_model``."""
+        model = self.model.restored(variables, beyond_model["model"])
+        return RateState(model, self.prior.replace(**beyond_model["prior"]))
 
 
 def learning_rate_schedule(config: TrainingConfig, steps_per_epoch: int) -> optax.Schedule:

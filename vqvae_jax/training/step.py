@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vqvae_jax.config import AugmentationConfig, Config
+from vqvae_jax.config import AugmentationConfig, Config, LossConfig
 from vqvae_jax.errors import ConfigError
 from vqvae_jax.metrics.similarity import SSIM_WINDOW, ssim
 from vqvae_jax.models.batch_norm import STATISTICS
 from vqvae_jax.models.layers import BLOCK, EXPENSIVE
 from vqvae_jax.models.quantizer import CHOICE, EMA
 from vqvae_jax.models.vgg16 import VGG16
-from vqvae_jax.models.vqvae import VQVAE
+from vqvae_jax.models.vqvae import VQVAE, VQVAEOutput
 from vqvae_jax.runtime import compilation, distributed
 from vqvae_jax.runtime.randomness import Purpose, key_for
 from vqvae_jax.training.augmentation import augment
@@ -76,24 +76,9 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, Variable
             )
 
         def loss_fn(params):
-            output, model_state = _remat(forward, config.training.remat)(params, images)
-            reconstruction = output.reconstruction
-            difference = RECONSTRUCTION[config.loss.reconstruction](reconstruction, images)
-            quantizer = output.quantizer.loss
-            perceptual = dissimilarity = jnp.float32(0)
-            if config.loss.perceptual_weight:
-                target = jax.lax.stop_gradient(vgg.apply(vgg_variables, images))
-                perceptual = perceptual_loss(vgg.apply(vgg_variables, reconstruction), target)
-            if config.loss.ssim_weight:
-                dissimilarity = 1 - jnp.mean(ssim(reconstruction, images))
-            total = (
-                difference
-                + config.loss.perceptual_weight * perceptual
-                + quantizer
-                + config.loss.ssim_weight * dissimilarity
-            )
-            losses = Losses(total, difference, perceptual, quantizer, dissimilarity)
-            return total, (losses, output.quantizer.counts, model_state)
+            output, model_state = recomputing(forward, config.training.remat)(params, images)
+            losses = losses_of(config.loss, vgg, vgg_variables, output, images)
+            return losses.total, (losses, output.quantizer.counts, model_state)
 
         gradients, (losses, counts, model_state) = jax.grad(loss_fn, has_aux=True)(state.params)
         gradients, losses = jax.lax.pmean((gradients, losses), AXIS)
@@ -104,24 +89,41 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, Variable
     return pmapped(train_step, (None, 0, None), (None, None), donate=(0,))
 
 
-def fitted_train_step(config: Config, *arguments: Any) -> tuple[Callable, str]:
-    """``make_train_step`` compiled for its arguments, and the ``remat`` with which it fits in memory.
+def losses_of(
+    config: LossConfig, vgg: VGG16, vgg_variables: Variables | None, output: VQVAEOutput, images: jax.Array
+) -> Losses:
+    """The losses of what the model made of images [N, H, W, 1]; ``rate`` is 0."""
+    reconstruction = output.reconstruction
+    difference = RECONSTRUCTION[config.reconstruction](reconstruction, images)
+    quantizer = output.quantizer.loss
+    perceptual = dissimilarity = jnp.float32(0)
+    if config.perceptual_weight:
+        target = jax.lax.stop_gradient(vgg.apply(vgg_variables, images))
+        perceptual = perceptual_loss(vgg.apply(vgg_variables, reconstruction), target)
+    if config.ssim_weight:
+        dissimilarity = 1 - jnp.mean(ssim(reconstruction, images))
+    total = difference + config.perceptual_weight * perceptual + quantizer + config.ssim_weight * dissimilarity
+    return Losses(total, difference, perceptual, quantizer, dissimilarity, jnp.float32(0))
+
+
+def fitted_train_step(make: Callable[[Config], Callable], config: Config, *arguments: Any) -> tuple[Callable, str]:
+    """A step, such as ``make_train_step`` makes, compiled for its arguments; and the ``remat`` with which it fits.
 
     Of several processes, all take the first one's ``remat``.
     """
     wanted = config.training.remat
     if wanted != "auto" and jax.process_count() > 1:
-        return make_train_step(config), wanted
+        return make(config), wanted
     choices = ("none", *KEPT) if wanted == "auto" else (wanted,)
     for remat in choices:
-        step = make_train_step(_with_remat(config, remat))
+        step = make(_with_remat(config, remat))
         program = compilation.ahead(step, arguments)
         if compilation.bytes_needed(program) <= compilation.bytes_there():
             break
     if jax.process_count() == 1:
         return program, remat
     remat = distributed.shared(remat)
-    return make_train_step(_with_remat(config, remat)), remat
+    return make(_with_remat(config, remat)), remat
 
 
 def make_eval_step(config: Config) -> Callable[[Variables, jax.Array, jax.Array], EvalOutput]:
@@ -171,7 +173,7 @@ def _with_remat(config: Config, remat: str) -> Config:
     return dataclasses.replace(config, training=dataclasses.replace(config.training, remat=remat))
 
 
-def _remat(function: Callable, kept: str) -> Callable:
+def recomputing(function: Callable, kept: str) -> Callable:
     """Wraps ``function`` so that the backward pass keeps only the values that ``remat`` names.
 
     It computes the rest again.

@@ -1,0 +1,160 @@
+"""Choosing the codes of images for few bits as well as little error: rate-distortion optimisation in the encoder.
+
+A code need not be the nearest: one a little further off may take far fewer bits. Here codes minimise
+J = distortion + weight * bits a pixel, as entropy-constrained vector quantization does (Chou, Lookabaugh and Gray 1989,
+doi:10.1109/29.17498). Decoder and file format know nothing of it.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vqvae_jax.config import Config
+from vqvae_jax.metrics.similarity import ssim
+from vqvae_jax.models import rounding
+from vqvae_jax.models.prior import coding_order
+from vqvae_jax.models.prior_integers import PriorProgram
+from vqvae_jax.models.quantizer import squared_distances
+from vqvae_jax.models.vqvae import VQVAE
+from vqvae_jax.runtime import compilation
+from vqvae_jax.training.losses import RECONSTRUCTION
+from vqvae_jax.training.prior_step import codebook_of
+
+DESCENTS = (0, 0, 6, 24)
+"""At each effort, how often every code is chosen by the decoder's error. Effort 0 takes the nearest codes."""
+WEIGHT = 0.1
+"""Of bits a pixel, where the model was trained without a rate weight."""
+_LATTICE = 2
+"""Stride of the lattices whose codes are chosen at once: these are no neighbours."""
+
+
+class Chooser:
+    """Chooses codes for slices under a prior, as a model's own training weighs distortion.
+
+    Args:
+      config: the run's configuration.
+      variables: its model's.
+      program: the prior over its codes.
+    """
+
+    def __init__(self, config: Config, variables: Any, program: PriorProgram, weight: float | None = None):
+        model = VQVAE(config.model)
+        self._program = program
+        self._variables = variables
+        self._codebook = codebook_of(variables)
+        self._weight = weight or config.loss.rate_weight or WEIGHT
+
+        def error(codes: jax.Array, variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+            each = _distortion(config, model.apply(variables, codes, method="from_codes"), images)
+            return jnp.sum(each), each
+
+        def descend(variables: Any, indices: jax.Array, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+            codes = jnp.take(codebook_of(variables), indices, axis=0)
+            gradient, each = jax.grad(error, has_aux=True)(codes, variables, images)
+            return each, gradient
+
+        self._latents = compilation.jit(functools.partial(model.apply, method="to_latents"))
+        self._distances = compilation.jit(squared_distances)
+        self._descend = compilation.jit(descend)
+
+    def choose(self, image: np.ndarray, before: list[np.ndarray], effort: int) -> np.ndarray:
+        """Codes int32 [h, w] of a slice float32 [H, W, 1] in [0, 1] on the model's grid.
+
+        Args:
+          image: the slice.
+          before: codes of the slices before it that its own are coded given, the nearest first.
+          effort: 1 to 3. 1 goes once through the coding order, by squared distance. 2 and 3 go on by the decoder's
+            own error.
+        """
+        image = image[None]
+        distances = np.asarray(self._distances(self._latents(self._variables, image), self._codebook))[0]
+        work = _Slice(self._program, before, distances.shape[:2], self._weight / image.size)
+        error = functools.partial(self._error, image=image)
+        grid = distances.argmin(axis=2).astype(np.int32)
+        scale = _error_a_distance(error, distances, grid)
+        distances = distances * scale
+        order = coding_order(*grid.shape)
+        for number in np.unique(order):
+            work.take_cheapest(grid, order == number, distances, order < number)
+        return self._descended(grid, error, work, scale, DESCENTS[effort]) if DESCENTS[effort] else grid
+
+    def _descended(self, grid: np.ndarray, error: Any, work: "_Slice", curvature: float, times: int) -> np.ndarray:
+        """Codes chosen by the decoder's error, to second order about the codes so far; no change that makes J worse.
+
+        With g the gradient of the error by the vector of a code, c the curvature and v the way to another code, the
+        other is taken to change the error by g v + c |v|^2, and the bits as given all other codes. All of a lattice
+        change at once. Where that makes J worse, they stay, and the curvature is doubled.
+        """
+        codebook = np.asarray(self._codebook)
+        now, gradient = error(grid)
+        for chosen in _lattices(grid.shape) * times:
+            own = grid[chosen]
+            away = codebook[None] - codebook[own][:, None]
+            change = np.einsum("nkd,nd->nk", away, gradient[chosen]) + curvature * np.sum(away**2, axis=2)
+            costs = work.costs(grid, chosen, ~chosen)
+            new = np.argmin(change + costs, axis=1)
+            tried = grid.copy()
+            tried[chosen] = new
+            rows = np.arange(len(own))
+            found, steeper = error(tried)
+            if found - now + np.sum(costs[rows, new] - costs[rows, own]) < 0:
+                grid, now, gradient = tried, found, steeper
+            else:
+                curvature *= 2
+        return grid
+
+    def _error(self, grid: np.ndarray, image: np.ndarray) -> tuple[float, np.ndarray]:
+        """Distortion of the image that codes [h, w] are decoded to, and its gradient [h, w, d] by their vectors."""
+        each, gradient = self._descend(self._variables, grid[None], image)
+        return float(each[0]), np.asarray(gradient)[0]
+
+
+class _Slice:
+    """A slice's bits by the prior; ``price`` is the weight of one of them."""
+
+    def __init__(self, program: PriorProgram, before: list[np.ndarray], shape: tuple[int, int], price: float):
+        neighbours = program.prior.neighbours
+        grids = np.zeros((1, neighbours, *shape), np.int32)
+        for number, given in enumerate(before[:neighbours]):
+            grids[0, number] = given
+        self._program = program
+        self._context = program.context(grids, np.arange(neighbours)[None] < len(before))
+        self._price = price
+
+    def costs(self, grid: np.ndarray, chosen: np.ndarray, known: np.ndarray) -> np.ndarray:
+        """Price of each code's bits at the chosen places, float64 [n, K], given the known codes."""
+        logits = self._program.logits(grid[None], known[None], self._context)[0][chosen]
+        nats = logits / 2.0**rounding.LOGIT_BITS
+        nats = np.log(np.exp(nats - nats.max(axis=1, keepdims=True)).sum(axis=1, keepdims=True)) - (
+            nats - nats.max(axis=1, keepdims=True)
+        )
+        return self._price / math.log(2) * nats
+
+    def take_cheapest(self, grid: np.ndarray, chosen: np.ndarray, errors: np.ndarray, known: np.ndarray) -> None:
+        """Replaces the chosen codes of a grid with those of least error and price."""
+        grid[chosen] = np.argmin(errors[chosen] + self.costs(grid, chosen, known), axis=1)
+
+
+def _error_a_distance(error: Any, distances: np.ndarray, grid: np.ndarray) -> float:
+    """How much a unit of squared distance to the code adds to an image's error: by the second nearest codes."""
+    chosen = _lattices(grid.shape)[0]
+    second = grid.copy()
+    second[chosen] = np.argpartition(distances[chosen], 1, axis=1)[:, 1]
+    least, next_least = (np.take_along_axis(distances, each[..., None], axis=2).sum() for each in (grid, second))
+    return max(0.0, (error(second)[0] - error(grid)[0]) / max(next_least - least, 1e-12))
+
+
+def _lattices(shape: tuple[int, int]) -> list[np.ndarray]:
+    """Masks [h, w] of the places of a grid, in parts without neighbours."""
+    rows, columns = np.indices(shape) % _LATTICE
+    return [(rows == row) & (columns == column) for row in range(_LATTICE) for column in range(_LATTICE)]
+
+
+def _distortion(config: Config, reconstruction: jax.Array, images: jax.Array) -> jax.Array:
+    """The training's own, but for the perceptual term: float32 [N]."""
+    pixels = jax.vmap(RECONSTRUCTION[config.loss.reconstruction])(reconstruction, images)
+    return pixels + config.loss.ssim_weight * (1 - ssim(reconstruction, images))

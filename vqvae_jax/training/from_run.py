@@ -1,0 +1,90 @@
+"""Starting from another run: from its weights, and with a rate weight from the prior over its codes too."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from vqvae_jax.config import Config, ModelConfig, PriorConfig
+from vqvae_jax.errors import ConfigError
+from vqvae_jax.models.fingerprint import fingerprint
+from vqvae_jax.runtime import runs
+from vqvae_jax.training.checkpoint import Checkpoints, Progress, load_variables
+from vqvae_jax.training.prior_step import METRIC, codebook_of, create_prior_state, make_prior
+from vqvae_jax.training.state import RateState, TrainState
+
+PRIOR_SLOWDOWN = 0.25
+"""The prior's learning rate beside the model, as a share of that it was trained with alone."""
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError where a training cannot start as its ``from_run`` and ``rate_weight`` say."""
+    source = config.training.from_run
+    if config.loss.rate_weight:
+        if source is None:
+            raise ConfigError("--rate-weight: needs --from RUN, a run with a prior over its codes")
+        if config.training.accumulate > 1:
+            raise ConfigError("--rate-weight: does not go with --accumulate; use --remat to save memory")
+        if config.model.precision != "float32":
+            raise ConfigError("--rate-weight: codes are chosen too finely for bfloat16; add --precision float32")
+    if source is None:
+        return
+    found = runs.load_config(Path(source)).model
+    for field in dataclasses.fields(ModelConfig):
+        ours, theirs = getattr(config.model, field.name), getattr(found, field.name)
+        if ours != theirs and field.name not in ("precision", "image_size"):
+            flag = field.name.replace("_", "-")
+            raise ConfigError(f"--{flag} {ours}: the model of --from {source} has {theirs}; leave the flag out")
+
+
+def prior_config(config: Config) -> PriorConfig:
+    """The configuration of the prior that is trained along.
+
+    Raises:
+      ConfigError: ``from_run`` has no prior, or one over other codes than those of its best checkpoint.
+    """
+    source = Path(config.training.from_run)
+    if not (source / runs.PRIOR / runs.CONFIG).exists():
+        raise ConfigError(
+            f"--rate-weight: {source} has no prior over its codes; run scripts/train_prior.py --workdir {source}"
+        )
+    found = runs.load_prior_config(source)
+    run = runs.load_config(source)
+    if found.model != fingerprint(run, load_variables(source, run)):
+        raise ConfigError(
+            f"--rate-weight: the prior in {source} is of another checkpoint; remove {source / runs.PRIOR} and run "
+            "scripts/train_prior.py again"
+        )
+    return dataclasses.replace(found, epochs=config.training.epochs, learning_rate=PRIOR_SLOWDOWN * found.learning_rate)
+
+
+def started(config: Config, state: TrainState) -> TrainState:
+    """A fresh state with the variables of ``from_run``'s best checkpoint."""
+    source = Path(config.training.from_run)
+    variables = dict(load_variables(source, runs.load_config(source)))
+    return state.replace(params=variables.pop("params"), model_state=variables)
+
+
+def with_prior(config: Config, prior: PriorConfig, state: TrainState, steps: int) -> RateState:
+    """A model's state with a fresh state of ``from_run``'s best prior, for ``steps`` steps."""
+    fresh = create_prior_state(prior, config.model, codebook_of(state.variables), steps)
+    checkpoints = Checkpoints(Path(config.training.from_run) / runs.PRIOR, METRIC, read_only=True)
+    try:
+        shapes = make_prior(prior, config.model).shapes()
+        variables = checkpoints.restore_variables(shapes, "best")
+    finally:
+        checkpoints.close()
+    return RateState(state, fresh.replace(params=variables["params"]))
+
+
+def save_prior(run_dir: Path, config: Config, prior: PriorConfig, state: RateState, share_saved: float) -> None:
+    """Writes the prior of a finished run as scripts/train_prior.py does."""
+    prior = dataclasses.replace(prior, model=fingerprint(config, jax.device_get(state.variables)))
+    folder = run_dir / runs.PRIOR
+    checkpoints = Checkpoints(folder, METRIC)
+    try:
+        checkpoints.save(state.prior, Progress(epoch=config.training.epochs, score=share_saved), share_saved)
+        checkpoints.wait()
+    finally:
+        checkpoints.close()
+    runs.save_config(folder, prior)
