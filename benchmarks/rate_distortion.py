@@ -9,6 +9,7 @@ rate_distortion.png, rate_distortion.md, a log, and codecs.json, so that no code
 
 import dataclasses
 import datetime
+import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,6 @@ from pathlib import Path
 import _image_codecs
 import _measure
 import _vqz
-import bjontegaard
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -107,6 +107,8 @@ def bd_rate(anchor: _image_codecs.Curve, test: _image_codecs.Curve, metric: str)
     high = min(anchor[metric].max(), test[metric].max())
     if low >= high or (np.diff(test[metric]) <= 0).any():
         return float("nan")
+    import bjontegaard  # noqa: PLC0415 - `main` has looked whether it is there
+
     curves = (anchor["bits_per_pixel"], anchor[metric], test["bits_per_pixel"], test[metric])
     return float(bjontegaard.bd_rate(*curves, method="pchip", require_matching_points=False, min_overlap=0))
 
@@ -186,6 +188,8 @@ def main() -> None:
     flags.add_argument("--avif-speeds", type=int, nargs="+", choices=range(11), default=[6, 2], help="lower is better")
     flags.add_argument("--out", type=Path, required=True, help="folder for the picture and the tables")
     flags = flags.parse_args()
+    if importlib.util.find_spec("bjontegaard") is None:
+        raise ConfigError("BD-rates need the package bjontegaard; run pip install -e .[benchmarks]")
     codecs = _image_codecs.codecs(flags.avif_speeds)
     out = _measure.output_folder(flags.out)
     say = teller(out / "rate_distortion.log")

@@ -21,6 +21,7 @@ _SPECIAL = {
     "nan": "zero",
     "data": "phantom",
     "case_pattern": r"\d+",
+    "from_run": "runs/other",
     "codebook_update": "ema",
     "precision": "bfloat16",
     "downsampling": 16,

@@ -173,5 +173,6 @@ def test_training_has_few_flags_and_each_setting_is_one():
     flags = re.findall(r"│ (--[\w-]+)", done.stdout)  # where a box's line begins: help is further to the right
     assert len(flags) == len(set(flags)) <= MOST_FLAGS
     settings = {f"--{name.replace('_', '-')}" for _, name in FIELDS} - {"--reference-flatten"}  # of imports alone
+    settings = settings - {"--from-run"} | {"--from"}
     assert settings < set(flags)
     assert "--reference-flatten" not in done.stdout

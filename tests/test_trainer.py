@@ -119,8 +119,8 @@ def stop_after(count, monkeypatch):
     """Sends this process SIGTERM while the run takes its step number ``count``."""
     make, taken = trainer.fitted_train_step, []
 
-    def make_counting(settings, *shapes):
-        step, remat = make(settings, *shapes)
+    def make_counting(*arguments):
+        step, remat = make(*arguments)
 
         def counting(*arguments):
             taken.append(None)
@@ -247,8 +247,8 @@ def test_a_run_without_a_checkpoint_resumes_from_the_beginning(place):
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(place, monkeypatch):
     make, run, settings = trainer.fitted_train_step, place / "lost", tiny(epochs=3)
 
-    def make_failing(settings, *shapes):
-        step, remat = make(settings, *shapes)
+    def make_failing(*arguments):
+        step, remat = make(*arguments)
 
         def failing(state, images, vgg_variables):
             broken = images * np.where(int(state.step) == STEPS_PER_EPOCH + 1, np.nan, 1.0).astype(np.float32)

@@ -205,13 +205,9 @@ class TrainingConfig:
     learning_rate: float = 1e-4
     """Adam's highest learning rate."""
     schedule: Literal["steps", "cosine"] = "steps"
-    """How the learning rate falls: by --learning-rate-decay every --decay-epochs, or as a cosine to 0 at the end."""
+    """How the learning rate falls: to a half every 20 epochs, as published, or as a cosine to 0 at the end."""
     warmup_steps: int = 0
     """Steps in which the learning rate first rises from 0."""
-    learning_rate_decay: float = 0.5
-    """Factor on the learning rate after every --decay-epochs epochs."""
-    decay_epochs: int = 20
-    """Epochs between two reductions of the learning rate, after the warm-up."""
     gradient_clip: float = 1.0
     """Largest global norm of the gradient; 0 switches clipping off."""
     accumulate: int = 1
@@ -226,9 +222,7 @@ class TrainingConfig:
     """Validation slices drawn into samples/ after each epoch; 0 draws none."""
 
     def __post_init__(self):
-        _require_positive(
-            self, "epochs", "batch_size", "learning_rate", "learning_rate_decay", "decay_epochs", "accumulate"
-        )
+        _require_positive(self, "epochs", "batch_size", "learning_rate", "accumulate")
         _require(
             self.batch_size % self.accumulate == 0,
             "accumulate",

@@ -131,6 +131,18 @@ def test_the_parts_of_a_batch_are_the_batch(parts, processes):
     np.testing.assert_array_equal(np.sort(together), np.sort(whole))
 
 
+def test_a_clip_has_the_slices_before_it_in_its_file():
+    records = Records(7)
+    for number, record in enumerate(list.__iter__(records)):
+        record["file"], record["slice"] = b"ab"[number // 4 : number // 4 + 1], np.int32(number % 4)
+    drawn = next(TrainLoader(loader.Clips(Slices(records, DataConfig(), SIZE), 2), 7, 0))
+    value = {name: np.rint(drawn[name][..., 0, 0, 0] * 100).astype(int) - 1 for name in ("images", "before")}
+    assert sorted(value["images"]) == list(range(7))
+    for own, before, present in zip(value["images"], value["before"], drawn["present"], strict=True):
+        assert present.tolist() == [own % 4 >= 1, own % 4 >= 2]
+        assert (before[present] == (own - np.array([1, 2]))[present]).all()
+
+
 def test_batches_are_read_ahead():
     records = Records(64)
     stream = TrainLoader(Slices(records, DataConfig(), SIZE), 4, 0)

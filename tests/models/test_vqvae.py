@@ -15,6 +15,7 @@ from vqvae_jax.evaluation.evaluator import Evaluator
 from vqvae_jax.models import vqvae
 from vqvae_jax.models.quantizer import EMA
 from vqvae_jax.models.vqvae import VQVAE, decoding_variables
+from vqvae_jax.training.prior_step import codebook_of
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -139,6 +140,12 @@ def test_parts_make_up_the_whole(update, code_dim):
     np.testing.assert_allclose(decoded, whole.reconstruction, rtol=1e-5, atol=1e-6)
     looked_up = method(config, "lookup")(variables, quantized.indices)
     np.testing.assert_allclose(looked_up, quantized.quantized, rtol=1e-6, atol=1e-6)
+    codes = codebook_of(variables)
+    narrow = method(config, "to_latents")(variables, images())
+    distances = ((np.asarray(narrow)[..., None, :] - codes) ** 2).sum(axis=-1)
+    np.testing.assert_array_equal(distances.argmin(axis=-1), quantized.indices)
+    from_codes = method(config, "from_codes")(variables, codes[quantized.indices])
+    np.testing.assert_allclose(from_codes, decoded, rtol=1e-5, atol=1e-6)
 
 
 def test_indices_alone_give_the_reconstruction():

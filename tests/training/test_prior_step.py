@@ -23,11 +23,13 @@ from vqvae_jax.training.step import replicate, split_over_devices
 def test_masks_are_random_or_of_the_coding_order():
     order = coding_order(8, 6)
     keys = jax.random.split(jax.random.key(0), 2000)
-    known = np.asarray(jax.jit(jax.vmap(lambda key: draw_known(key, order)))(keys))
+    known, weights = map(np.asarray, jax.jit(jax.vmap(lambda key: draw_known(key, order)))(keys))
     of_order = [(known == (order < number)).all(axis=(1, 2)) for number in range(PASSES)]
     assert 0.70 < np.any(of_order, axis=0).mean() < 0.85
     assert np.mean(of_order[12]) > np.mean(of_order[8]) > 0
     assert 0.1 < known.mean() < 0.9
+    assert (weights[known] == 0).all()
+    np.testing.assert_allclose(weights.mean(axis=0), 1 / order.size, atol=0.4 / order.size)  # every code counts alike
 
 
 def test_the_second_slice_before_is_never_shown_without_the_first():

@@ -25,13 +25,13 @@ def updates(config, steps_per_epoch, gradients):
     return found, state
 
 
-def test_learning_rate_halves_every_decay_epochs():
+def test_learning_rate_halves_every_20_epochs():
     """Adam's update for a constant gradient is the learning rate."""
-    config = TrainingConfig(learning_rate=1e-2, learning_rate_decay=0.5, decay_epochs=2)
-    expected = np.repeat([1e-2, 5e-3, 2.5e-3], 6)  # 2 epochs of 3 steps each
-    schedule = learning_rate_schedule(config, steps_per_epoch=3)
-    np.testing.assert_allclose([schedule(step) for step in range(18)], expected, rtol=1e-6)
-    found, _ = updates(config, 3, [np.float32([0.5])] * 18)
+    config = TrainingConfig(learning_rate=1e-2)
+    expected = np.repeat([1e-2, 5e-3, 2.5e-3], 40)  # 20 epochs of 2 steps each
+    schedule = learning_rate_schedule(config, steps_per_epoch=2)
+    np.testing.assert_allclose([schedule(step) for step in range(120)], expected, rtol=1e-6)
+    found, _ = updates(config, 2, [np.float32([0.5])] * 120)
     np.testing.assert_allclose(np.ravel(found), -expected, rtol=1e-4)
 
 
@@ -55,7 +55,7 @@ def test_clipping_bounds_the_global_norm(clip, norm, expected):
 
 def test_accumulated_gradients_count_as_one_step_of_their_mean():
     """Parts bring nothing; each last one brings what the mean, then clipped, brings, at the batch's learning rate."""
-    config = TrainingConfig(learning_rate=1e-2, decay_epochs=1, batch_size=12, accumulate=3)
+    config = TrainingConfig(learning_rate=1e-2, schedule="cosine", epochs=4, batch_size=12, accumulate=3)
     gradients = np.random.default_rng(0).standard_normal((18, 5)) * np.geomspace(0.1, 3, 18)[:, None]
     gradients = list(np.float32(gradients))
     found, state = updates(config, 2, gradients)

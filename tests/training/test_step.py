@@ -254,12 +254,12 @@ def test_remat_auto_computes_again_only_what_does_not_fit(initial, vgg, monkeypa
     arguments = sgd_state(initial), split_over_devices(batch()), vgg
     needed = {}
     for remat in ("none", "cheap"):
-        program, found = fitted_train_step(changed(remat=remat), *arguments)
+        program, found = fitted_train_step(make_train_step, changed(remat=remat), *arguments)
         needed[remat] = compilation.bytes_needed(program)
         assert found == remat
     for there, expected in ((needed["none"], "none"), (needed["none"] - 1, "cheap"), (needed["cheap"] - 1, "full")):
         monkeypatch.setattr(compilation, "bytes_there", lambda there=there: there)
-        program, found = fitted_train_step(changed(remat="auto"), *arguments)
+        program, found = fitted_train_step(make_train_step, changed(remat="auto"), *arguments)
         assert found == expected
     state, _ = program(*arguments)
     after, _ = make_train_step(changed(remat="none"))(sgd_state(initial), *arguments[1:])

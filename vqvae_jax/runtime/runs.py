@@ -131,7 +131,7 @@ def _load_config(run_dir: Path, kind: Any, writer: str) -> Any:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); --workdir must be a folder that {writer} wrote"
+            f"{path}: cannot be read ({error.strerror}); expected a folder that {writer} wrote"
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not text ({error})") from error

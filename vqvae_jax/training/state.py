@@ -13,6 +13,8 @@ from vqvae_jax.models.vqvae import VQVAE
 from vqvae_jax.runtime import compilation
 from vqvae_jax.runtime.randomness import Purpose, key_for
 
+DECAY, DECAY_EPOCHS = 0.5, 20
+"""The published schedule: factor on the learning rate, and epochs between two."""
 Variables = Any
 """What a model's ``apply`` takes: ``params``, ``batch_stats`` and, with an EMA codebook, ``ema``."""
 
@@ -77,7 +79,7 @@ class RateState:
 def learning_rate_schedule(config: TrainingConfig, steps_per_epoch: int) -> optax.Schedule:
     """Learning rate by step: linear from 0 for ``warmup_steps``, then falling in steps or as a cosine.
 
-    In steps: multiplied by ``learning_rate_decay`` after every ``decay_epochs`` epochs from then on. As a cosine: to
+    In steps: multiplied by DECAY after every DECAY_EPOCHS epochs from then on. As a cosine: to
     0 at the last step (Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts).
     """
     warmup = config.warmup_steps
@@ -86,8 +88,8 @@ def learning_rate_schedule(config: TrainingConfig, steps_per_epoch: int) -> opta
     else:
         falling = optax.exponential_decay(
             config.learning_rate,
-            transition_steps=config.decay_epochs * steps_per_epoch,
-            decay_rate=config.learning_rate_decay,
+            transition_steps=DECAY_EPOCHS * steps_per_epoch,
+            decay_rate=DECAY,
             staircase=True,
         )
     if not warmup:

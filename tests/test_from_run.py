@@ -1,0 +1,133 @@
+"""Runs that start from runs: fine-tuning, and training with the prior for fewer bits."""
+
+import dataclasses
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import run_script
+
+import vqvae_jax
+from vqvae_jax import trainer
+from vqvae_jax.config import PriorConfig
+from vqvae_jax.errors import CheckpointError, ConfigError
+from vqvae_jax.evaluation import pictures
+from vqvae_jax.prior_trainer import train_prior
+from vqvae_jax.runtime import runs
+from vqvae_jax.training.checkpoint import load_variables
+from vqvae_jax.training.prior_step import codebook_of
+
+SMALL = PriorConfig(epochs=1, batch_size=8, channels=8, blocks=1, neighbours=2, learning_rate=1e-2)
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
+def quietly(line):
+    del line
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Each takes seconds."""
+    monkeypatch.setattr(pictures, "draw_reconstructions", lambda path, rows: None)
+
+
+@pytest.fixture(scope="module")
+def source(tiny_run, tmp_path_factory):
+    """A copy of the tiny run, with a prior."""
+    before = os.getcwd()
+    os.chdir(tiny_run[0])
+    run_dir = tmp_path_factory.mktemp("from") / "source"
+    shutil.copytree(tiny_run[0] / "runs/tiny", run_dir)
+    train_prior(SMALL, run_dir, log=quietly)
+    yield run_dir
+    os.chdir(before)
+
+
+def config_from(source, model=None, rate_weight=0.0, **training):
+    config = runs.load_config(source)
+    fields = {"from_run": str(source), "epochs": 2, "sample_images": 0} | training
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, **(model or {})),
+        loss=dataclasses.replace(config.loss, rate_weight=rate_weight),
+        training=dataclasses.replace(config.training, **fields),
+    )
+
+
+def variables_of(run_dir, which="newest"):
+    return load_variables(run_dir, runs.load_config(run_dir), which)
+
+
+def test_fine_tuning_starts_with_the_weights_and_the_codebook_of_the_best_checkpoint(source, tmp_path):
+    trainer.train_and_evaluate(config_from(source, learning_rate=1e-12), tmp_path / "run", log=quietly)
+    before, after = variables_of(source, "best")["params"], variables_of(tmp_path / "run")["params"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), before, after)
+    assert runs.load_config(tmp_path / "run").training.from_run == str(source)
+    assert not (tmp_path / "run/prior").exists()
+
+
+def test_with_a_rate_weight_the_run_has_a_prior_of_its_own_that_codes_its_files(source, tmp_path):
+    lines, run_dir = [], tmp_path / "run"
+    trainer.train_and_evaluate(config_from(source, rate_weight=0.5), run_dir, log=lines.append)
+    assert any("Bits a pixel: " in line for line in lines)
+    np.testing.assert_array_equal(codebook_of(variables_of(source, "best")), codebook_of(variables_of(run_dir)))
+    model = vqvae_jax.load(run_dir)
+    assert model.fingerprint != vqvae_jax.load(source).fingerprint
+    assert model.prior is not None and not model.prior_doubt
+    assert model.prior.prior.fingerprint != vqvae_jax.load(source).prior.prior.fingerprint
+
+
+@pytest.mark.slow
+def test_a_rate_training_resumes_to_the_last_bit(source, tmp_path):
+    config = config_from(source, rate_weight=0.5, epochs=3)
+    trainer.train_and_evaluate(config, tmp_path / "whole", log=quietly)
+    short = dataclasses.replace(config, training=dataclasses.replace(config.training, epochs=2))
+    trainer.train_and_evaluate(short, tmp_path / "cut", log=quietly)
+    trainer.train_and_evaluate(config, tmp_path / "cut", resume=True, log=quietly)
+    jax.tree.map(np.testing.assert_array_equal, variables_of(tmp_path / "whole"), variables_of(tmp_path / "cut"))
+    whole, cut = (vqvae_jax.load(tmp_path / name).prior.prior.fingerprint for name in ("whole", "cut"))
+    assert whole == cut
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rate_weight": 0.5, "from_run": None}, "needs --from RUN"),
+        ({"rate_weight": 0.5, "accumulate": 2}, "--accumulate"),
+        ({"rate_weight": 0.5, "model": {"precision": "bfloat16"}}, "--precision float32"),
+        ({"model": {"hidden_channels": 16}}, "--hidden-channels 16: the model of --from .* has 8"),
+    ],
+)
+def test_what_cannot_work_is_told_and_leaves_no_folder(source, tmp_path, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        trainer.train_and_evaluate(config_from(source, **changes), tmp_path / "run", log=quietly)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rate_weight_needs_a_prior_of_the_best_checkpoint(source, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(source, bare)
+    prior = runs.load_prior_config(bare)
+    runs.save_config(bare / runs.PRIOR, dataclasses.replace(prior, model="0" * 64))
+    with pytest.raises(ConfigError, match="is of another checkpoint"):
+        trainer.train_and_evaluate(config_from(bare, rate_weight=0.5), tmp_path / "run", log=quietly)
+    shutil.rmtree(bare / runs.PRIOR)
+    with pytest.raises(ConfigError, match=r"has no prior.*train_prior\.py"):
+        trainer.train_and_evaluate(config_from(bare, rate_weight=0.5), tmp_path / "run", log=quietly)
+    lost = config_from(source, from_run=str(tmp_path / "none"))
+    with pytest.raises(CheckpointError, match=r"none/config\.json"):
+        trainer.train_and_evaluate(lost, tmp_path / "run", log=quietly)
+
+
+def test_the_command_takes_the_other_runs_settings(source, tmp_path):
+    flags = ("--platform", "cpu", "--from", source, "--epochs", 1, "--sample-images", 0, "--workdir", tmp_path / "run")
+    done = run_script("train.py", *flags, "--preset", "hipmri")
+    assert done.returncode != 0 and "--from has the settings" in done.stderr
+    done = run_script("train.py", *flags, "--learning-rate", "1e-5")
+    assert done.returncode == 0, done.stderr
+    assert f"Starts from the best checkpoint of {source}" in done.stdout
+    made, before = runs.load_config(tmp_path / "run"), runs.load_config(source)
+    assert made.model == before.model and made.training.learning_rate == 1e-5
