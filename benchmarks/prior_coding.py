@@ -12,13 +12,13 @@ import math
 import time
 from pathlib import Path
 
-import _vqz
 import numpy as np
 from _measure import print_table, run
 
 import vqvae_jax
 from vqvae_jax.coding import entropy, prior_coder, vqz
 from vqvae_jax.data import hip_mri, loader
+from vqvae_jax.inference.beside_avif import file_of
 from vqvae_jax.models.prior import coding_order
 from vqvae_jax.runtime import compilation, runs
 from vqvae_jax.training.checkpoint import load_variables
@@ -48,7 +48,7 @@ def main() -> None:
         prior_coder.bits(codes[some], prior)
     rows, seconds = [], {"encode": 0.0, "decode": 0.0}
     for name, places in sets.items():
-        files = [_vqz.file_of(codes[place], size, model) for place in places]
+        files = [file_of(codes[place], size, model) for place in places]
         began = time.perf_counter()
         by_prior = [vqz.prior_to_bytes(file, prior) for file in files]
         encoded = time.perf_counter()

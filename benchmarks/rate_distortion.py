@@ -16,7 +16,6 @@ from pathlib import Path
 
 import _image_codecs
 import _measure
-import _vqz
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -24,9 +23,9 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 import vqvae_jax
 from vqvae_jax import metrics
-from vqvae_jax.data import volumes
-from vqvae_jax.errors import ConfigError, DataError
-from vqvae_jax.evaluation.evaluate import open_run
+from vqvae_jax.coding import vqz
+from vqvae_jax.errors import ConfigError
+from vqvae_jax.inference.beside_avif import file_of, open_volumes
 from vqvae_jax.runtime.files import write_whole
 
 LABELS = {"ssim": "SSIM", "psnr": "PSNR, dB"}
@@ -53,28 +52,6 @@ class Point:
     seconds: float
 
 
-def open_volumes(run_dir: Path, split: str | None, data: str | None, most: int | None) -> list[np.ndarray]:
-    """A split's volumes float32 [N, H, W] in [0, 1]; with ``most``, as many, spread over it, as have that many slices.
-
-    Raises:
-      CheckpointError, ConfigError, DataError: the run or its data cannot be read.
-    """
-    _, _, slices = open_run(run_dir, split, data=data)
-    volume, numbers = volumes.of_slices(slices)
-    count = int(volume.max()) + 1
-    spread = np.random.default_rng(0).permutation(count) if most else range(count)
-    found: dict[int, np.ndarray] = {}
-    for number in spread:
-        if most and sum(map(len, found.values())) >= most:
-            break
-        places = sorted(np.flatnonzero(volume == number), key=lambda place: numbers[place])
-        images = [slices.sample(int(place)).pixels for place in places]
-        if len({image.shape for image in images}) > 1:
-            raise DataError(f"{slices.sample(int(places[0])).case}: slices of several sizes; measure volumes of one")
-        found[number] = np.stack(images)
-    return [found[number] for number in sorted(found)]
-
-
 def measure(run_dir: Path, name: str, effort: int, images: Sequence[np.ndarray]) -> Point:
     """What a run's files of volumes cost and show."""
     model = vqvae_jax.load(run_dir)
@@ -84,7 +61,7 @@ def measure(run_dir: Path, name: str, effort: int, images: Sequence[np.ndarray])
     for volume in images:
         began = time.perf_counter()
         encoded = model.encode(volume, intensity_range=(0, 1), volume=True, effort=effort)
-        content = _vqz.content_of(encoded.indices, volume.shape[1:], model)
+        content = vqz.to_bytes(file_of(encoded.indices, volume.shape[1:], model), model.prior)
         seconds += time.perf_counter() - began
         size, pixels = size + len(content), pixels + volume.size
         for metric, each in metrics.measure(np.clip(model.decode(encoded), 0, 1), volume).items():
@@ -197,7 +174,7 @@ def main() -> None:
     names = names if len(set(names)) == len(names) else list(map(str, flags.runs))
     if flags.slices is not None and flags.slices < 1:
         raise ConfigError(f"--slices {flags.slices}: expected 1 or more")
-    images = open_volumes(flags.runs[0], flags.split, flags.data, flags.slices)
+    images = open_volumes(flags.runs[0], flags.split, data=flags.data, most=flags.slices)
     say(f"{sum(map(len, images))} slices of {len(images)} volumes")
     points: dict[int, list[Point]] = {effort: [] for effort in flags.effort}
     for run, name in zip(flags.runs, names, strict=True):

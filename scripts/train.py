@@ -70,6 +70,7 @@ def main() -> int:
     flags, run_dir = _parse()
     from vqvae_jax import trainer  # noqa: PLC0415 - after the flags: it takes a second, and --help none
     from vqvae_jax.evaluation import table  # noqa: PLC0415
+    from vqvae_jax.inference import beside_avif  # noqa: PLC0415
 
     if flags.distributed:
         distributed.start(flags.coordinator, flags.num_processes, flags.process_id)
@@ -91,6 +92,7 @@ def main() -> int:
     say("Test split, best checkpoint:")
     for line in table.describe(outcome.evaluation, flags.config):
         say(f"  {line}")
+    say(f"  {beside_avif.compare(run_dir)}")  # on all processes: they restore together
     say(
         f"Pictures: {run_dir / 'eval/test/reconstructions.png'} and {run_dir / 'samples'}\n"
         f"Curves: tensorboard --logdir {run_dir} (or {run_dir / 'metrics.jsonl'})\n"
