@@ -154,8 +154,9 @@ def _point(
     values = {name: [] for name in METRICS}
     for volume in volumes:
         images = np.stack([next(decoded) for _ in volume]).astype(np.float32) / 255
-        for name, each in metrics.measure(images, volume).items():
-            values[name] += each.tolist()
+        found = metrics.measure(images, volume)
+        for name, each in values.items():
+            each.extend(found[name].tolist())
     pixels = sum(volume.size for volume in volumes)
     point = {name: float(np.mean(each)) for name, each in values.items()}
     point["bits_per_pixel"] = 8 * sum(map(len, files)) / pixels

@@ -121,9 +121,9 @@ def evaluate(model: MeanScaleHyperprior, slices: loader.Slices, fit: str) -> dic
             made, spent = model(torch.from_numpy(slices[place])[None, None, ..., 0])
             own = unfit(made[0, 0].clamp(0, 1).numpy(), original.shape, fit)
             bits, pixels = bits + float(spent.sum()), pixels + original.size
-            for name, each in metrics.measure(own[None], original[None]).items():
-                if name in values:
-                    values[name] += each.tolist()
+            similar = metrics.measure(own[None], original[None])
+            for name, each in values.items():
+                each.extend(similar[name].tolist())
     return {"bits_per_pixel": bits / pixels} | {name: float(np.mean(each)) for name, each in values.items()}
 
 

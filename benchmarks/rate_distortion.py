@@ -64,8 +64,9 @@ def measure(run_dir: Path, name: str, effort: int, images: Sequence[np.ndarray])
         content = vqz.to_bytes(file_of(encoded.indices, volume.shape[1:], model), model.prior)
         seconds += time.perf_counter() - began
         size, pixels = size + len(content), pixels + volume.size
-        for metric, each in metrics.measure(np.clip(model.decode(encoded), 0, 1), volume).items():
-            values[metric] += each.tolist()
+        found = metrics.measure(np.clip(model.decode(encoded), 0, 1), volume)
+        for metric, each in values.items():
+            each.extend(found[metric].tolist())
     means = {metric: float(np.mean(each)) for metric, each in values.items()}
     return Point(name, 8 * size / pixels, **means, seconds=seconds / sum(map(len, images)))
 

@@ -1,6 +1,7 @@
 """What several test files share: real data where it is at hand, a tiny run, running a script."""
 
 import fcntl
+import importlib
 import os
 import shutil
 import signal
@@ -81,3 +82,10 @@ def tiny_run(tmp_path_factory):
     place = tmp_path_factory.mktemp("tiny")
     shutil.copytree(shared, place, dirs_exist_ok=True)
     return place, (shared / "printed").read_text()
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch):
+    """Imports a file of benchmarks/ by name."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module

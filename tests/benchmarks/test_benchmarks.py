@@ -2,10 +2,6 @@
 
 import dataclasses
 import importlib
-import io
-import json
-import os
-import subprocess
 import sys
 
 import jax
@@ -13,8 +9,8 @@ import jax.numpy as jnp
 import nibabel
 import numpy as np
 import pytest
+from benchmark_runs import run_benchmark, start_benchmark
 from conftest import ROOT
-from PIL import Image
 from skimage.metrics import structural_similarity
 
 from vqvae_jax.config import PRESETS, LossConfig, ModelConfig
@@ -25,35 +21,6 @@ from vqvae_jax.models.vqvae import VQVAE
 from vqvae_jax.runtime.randomness import Purpose, integer_for
 
 SMALL_MODEL = ("--image-size", 32, 16, "--hidden-channels", 8, "--rounds", 1, "--steps", 1)
-
-
-@pytest.fixture
-def benchmark_module(monkeypatch):
-    """Imports a file of benchmarks/ by name."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module
-
-
-def start_benchmark(name, *arguments, cwd=None):
-    """Runs benchmarks/NAME as a user would."""
-    return subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / name, *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def run_benchmark(name, *arguments, cwd=None):
-    """Lines of the table that a benchmark prints, without its two of header."""
-    done = start_benchmark(name, *arguments, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    rows = [line for line in done.stdout.splitlines() if line.startswith("|")][2:]
-    assert "nan" not in "".join(rows)
-    return rows
 
 
 @pytest.mark.slow
@@ -158,98 +125,6 @@ def test_startup():
 def test_scaling():
     rows = run_benchmark("scaling.py", "--rounds", 1, "--batch-size", 4, "--vary", "devices", "--steps", 0)
     assert len(rows) == 3
-
-
-def smooth_images(count=3, shape=(64, 32)):
-    """Images in [0, 1] that compress: a few waves each."""
-    y, x = np.mgrid[: shape[0], : shape[1]]
-    images = [0.5 + 0.3 * np.sin(x / (3 + i)) * np.cos(y / 5) + 0.1 * np.sin(x * y / 40) for i in range(count)]
-    return [image.astype(np.float32) for image in images]
-
-
-def curves_of(image_codecs, codecs, images, folder):
-    return image_codecs.curves(codecs, [np.stack(images)], lambda line: None, folder / "codecs.json")
-
-
-def test_a_codecs_rate_is_its_whole_files_and_its_ssim_scikit_images(benchmark_module, tmp_path):
-    image_codecs, images = benchmark_module("_image_codecs"), smooth_images()
-    webp = image_codecs.codecs([10])[2]
-    curve = curves_of(image_codecs, [webp], images, tmp_path)["WebP"]
-    bits, ssim = 0, []
-    for image in images:
-        file = io.BytesIO()
-        Image.fromarray(np.round(image * 255).astype(np.uint8)).save(file, "WEBP", quality=75, method=6)
-        bits += 8 * file.getbuffer().nbytes
-        decoded = np.asarray(Image.open(file).convert("L")) / 255
-        ssim.append(structural_similarity(decoded, image.astype(np.float64), data_range=1))
-    assert curve["bits_per_pixel"][-1] == pytest.approx(bits / sum(image.size for image in images))
-    assert curve["ssim"][-1] == pytest.approx(np.mean(ssim), abs=1e-4)
-
-
-@pytest.mark.slow
-def test_every_codec_spends_more_bits_for_more_ssim_and_is_measured_once(benchmark_module, tmp_path):
-    image_codecs, lines = benchmark_module("_image_codecs"), []
-    codecs, volume = image_codecs.codecs([10]), [np.stack(smooth_images())]
-    found = image_codecs.curves(codecs, volume, lines.append, tmp_path / "codecs.json")
-    assert len(lines) == sum(len(codec.sweep) for codec in codecs)
-    for name, curve in found.items():
-        assert len(curve["ssim"]) >= 3, name
-        assert curve["ssim"][-1] > 0.9, name
-    again = image_codecs.curves(codecs, volume, lines.append, tmp_path / "codecs.json")
-    assert len(lines) == sum(len(codec.sweep) for codec in codecs)
-    np.testing.assert_array_equal(found["WebP"]["psnr"], again["WebP"]["psnr"])
-
-
-def test_an_avif_sequence_is_one_file_and_its_payload_what_its_mdat_box_holds(benchmark_module):
-    image_codecs = benchmark_module("_image_codecs")
-    *_, still, sequence = image_codecs.codecs([10])
-    levels = np.round(np.stack(smooth_images()) * 255).astype(np.uint8)
-    file = sequence.encode(levels, sequence.sweep[-1])
-    assert image_codecs.decode(file).shape == levels.shape
-    assert np.abs(image_codecs.decode(file).astype(int) - levels).mean() < 10
-    assert image_codecs.payload(file) == len(file) - file.index(b"mdat") - 4  # the last box
-    alone = [still.encode(level[None], still.sweep[-1]) for level in levels]
-    assert len(file) < sum(map(len, alone))
-    assert all(0 < image_codecs.payload(each) < len(each) for each in alone)
-
-
-def test_a_rate_between_two_settings_is_interpolated_and_none_beyond_is_made_up(benchmark_module):
-    rate_for = benchmark_module("_image_codecs").rate_for
-    rates = np.array([0.25, 0.5, 1.0, 2.0])
-    curve = {"bits_per_pixel": rates, "psnr": 30 + 6 * np.log2(rates)}
-    assert rate_for(curve, "psnr", 24) == pytest.approx(0.5)
-    assert rate_for(curve, "psnr", 27) == pytest.approx(2**-0.5, abs=0.02)
-    assert np.isnan([rate_for(curve, "psnr", beyond) for beyond in (17.0, 37.0)]).all()
-
-
-def test_bd_rate_of_a_curve_that_takes_a_fifth_fewer_bits_is_minus_20_per_cent(benchmark_module):
-    bd_rate = benchmark_module("rate_distortion").bd_rate
-    rates = np.array([0.1, 0.2, 0.4, 0.8])
-    anchor = {"bits_per_pixel": rates, "psnr": 30 + 6 * np.log2(rates)}
-    assert bd_rate(anchor, anchor | {"bits_per_pixel": 0.8 * rates}, "psnr") == pytest.approx(-20)
-    assert np.isnan(bd_rate(anchor, anchor | {"psnr": anchor["psnr"] + 50}, "psnr"))
-
-
-@pytest.mark.slow
-def test_rate_distortion(tiny_run, tmp_path):
-    place, _ = tiny_run
-    flags = ("--runs", "runs/tiny", "--out", tmp_path, "--avif-speeds", 10, "--effort", 0)
-    rows = run_benchmark("rate_distortion.py", *flags, cwd=place)
-    names = ("rate_distortion.png", "rate_distortion.md", "rate_distortion.log", "codecs.json")
-    assert {path.name for path in tmp_path.iterdir()} == set(names)
-    evaluated = json.loads((place / "runs/tiny/eval/test/metrics.json").read_text())
-    cells = [cell.strip() for cell in rows[0].split("|")]
-    assert cells[4] == f"{evaluated['ssim']:.4f}"
-    assert float(cells[3]) > evaluated["bits_per_pixel_entropy"]  # whole files, with headers
-    log = (tmp_path / "rate_distortion.log").read_text()
-    assert "tiny, effort 0" in log and "AVIF sequence speed 10, 75" in log
-
-
-def test_rate_distortion_names_what_is_no_run(tmp_path):
-    done = start_benchmark("rate_distortion.py", "--runs", tmp_path / "none", "--out", tmp_path)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert "none/config.json" in done.stderr
 
 
 SMALL_RECIPE = (

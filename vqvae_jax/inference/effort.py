@@ -28,6 +28,8 @@ DESCENTS = (0, 0, 6, 24)
 """At each effort, how often every code is chosen by the decoder's error. Effort 0 takes the nearest codes."""
 WEIGHT = 0.1
 """Of bits a pixel, where the model was trained without a rate weight."""
+FLATTER, STEEPER = 0.7, 2.0
+"""Factors on the curvature that is assumed, after a change that was taken and one that was not."""
 _LATTICE = 2
 """Stride of the lattices whose codes are chosen at once: these are no neighbours."""
 
@@ -87,7 +89,7 @@ class Chooser:
 
         With g the gradient of the error by the vector of a code, c the curvature and v the way to another code, the
         other is taken to change the error by g v + c |v|^2, and the bits as given all other codes. All of a lattice
-        change at once. Where that makes J worse, they stay, and the curvature is doubled.
+        change at once. Where that makes J worse, they stay, and the curvature is taken to be greater.
         """
         codebook = np.asarray(self._codebook)
         now, gradient = error(grid)
@@ -103,8 +105,9 @@ class Chooser:
             found, steeper = error(tried)
             if found - now + np.sum(costs[rows, new] - costs[rows, own]) < 0:
                 grid, now, gradient = tried, found, steeper
+                curvature *= FLATTER
             else:
-                curvature *= 2
+                curvature *= STEEPER
         return grid
 
     def _error(self, grid: np.ndarray, image: np.ndarray) -> tuple[float, np.ndarray]:
