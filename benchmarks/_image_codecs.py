@@ -28,6 +28,7 @@ METRICS = ("ssim", "psnr")
 PAYLOAD = ", no header"
 """What a codec's name ends in where only the bytes of its compressed data are counted."""
 _QUALITIES = (5, 15, 25, 35, 45, 55, 65, 75)
+_AVIF_QUALITIES = (2, 8, 14, 20, 26, 32, 38, 45, 55)
 _JPEG2000_BITS = (0.08, 0.12, 0.2, 0.3, 0.4, 0.55, 0.7, 1)
 Curve = dict[str, np.ndarray]
 """``bits_per_pixel`` (rising), ``ssim`` and ``psnr``, one value a setting."""
@@ -74,7 +75,7 @@ def codecs(avif_speeds: Sequence[int]) -> tuple[Codec, ...]:
     if "JXL" in Image.SAVE:
         found.append(Codec("JPEG XL", "JXL", _settings((1, *_QUALITIES), effort=9)))
     for speed in avif_speeds:
-        found.append(Codec(f"AVIF speed {speed}", "AVIF", _settings(_QUALITIES, subsampling="4:0:0", speed=speed)))
+        found.append(Codec(f"AVIF speed {speed}", "AVIF", _settings(_AVIF_QUALITIES, subsampling="4:0:0", speed=speed)))
     last = found[-1]
     return (*found, dataclasses.replace(last, name=f"AVIF sequence speed {avif_speeds[-1]}", sequence=True))
 

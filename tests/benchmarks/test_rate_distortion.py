@@ -94,7 +94,7 @@ def test_rate_distortion(tiny_run, tmp_path):
     assert cells[4] == f"{evaluated['ssim']:.4f}"
     assert float(cells[3]) > evaluated["bits_per_pixel_entropy"]  # whole files, with headers
     log = (tmp_path / "rate_distortion.log").read_text()
-    assert "tiny, effort 0" in log and "AVIF sequence speed 10, 75" in log
+    assert "tiny, effort 0" in log and "AVIF sequence speed 10, 55" in log
 
 
 def test_rate_distortion_names_what_is_no_run(tmp_path):
