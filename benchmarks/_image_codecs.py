@@ -94,9 +94,12 @@ def payload(file: bytes) -> int:
     """Bytes of the compressed data in an AVIF file: what its ``mdat`` boxes hold (ISO/IEC 14496-12, section 4.2)."""
     place = found = 0
     while place < len(file):
-        size = int.from_bytes(file[place : place + 4], "big")
+        size = int.from_bytes(file[place : place + 4], "big") or len(file) - place  # 0: to the end
+        header = 8
+        if size == 1:
+            size, header = int.from_bytes(file[place + 8 : place + 16], "big"), 16
         if file[place + 4 : place + 8] == b"mdat":
-            found += size - 8
+            found += size - header
         place += size
     return found
 
@@ -167,22 +170,23 @@ def _point(
 
 
 def _curve(points: Sequence[dict[str, float]], rate: str) -> Curve:
-    """Points by rising rate, without those that another beats at less: a curve that rises."""
-    kept: list[dict[str, float]] = []
-    for point in sorted(points, key=lambda point: point[rate]):
-        if not kept or all(point[name] > kept[-1][name] for name in METRICS):
-            kept.append(point)
-    return {"bits_per_pixel": np.array([point[rate] for point in kept])} | {
-        name: np.array([point[name] for point in kept]) for name in METRICS
-    }
+    """Points by rising rate."""
+    order = sorted(points, key=lambda point: point[rate])
+    names = {"bits_per_pixel": rate} | {name: name for name in METRICS}
+    return {name: np.array([point[key] for point in order]) for name, key in names.items()}
+
+
+def rising(curve: Curve, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rates and values of a metric, without points that another beats at fewer bits, nor such as are not finite."""
+    rates, values = curve["bits_per_pixel"], curve[metric]
+    before = np.concatenate([[-np.inf], np.maximum.accumulate(values)[:-1]])
+    kept = np.isfinite(values) & (values > before)
+    return rates[kept], values[kept]
 
 
 def rate_for(curve: Curve, metric: str, value: float) -> float:
-    """Bits a pixel at which a codec reaches a metric's value; NaN beyond its curve. A monotone cubic in log2 of them.
-
-    Raises nothing: a curve of one point has no rates between.
-    """
-    values = curve[metric]
+    """Bits a pixel at which a codec reaches a metric's value, by a cubic in their log2; NaN beyond its curve."""
+    rates, values = rising(curve, metric)
     if len(values) < 2 or not values[0] <= value <= values[-1]:
         return math.nan
-    return float(2 ** PchipInterpolator(values, np.log2(curve["bits_per_pixel"]))(value))
+    return float(2 ** PchipInterpolator(values, np.log2(rates))(value))

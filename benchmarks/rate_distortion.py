@@ -79,15 +79,12 @@ def curve_of(points: Sequence[Point]) -> _image_codecs.Curve:
 
 def bd_rate(anchor: _image_codecs.Curve, test: _image_codecs.Curve, metric: str) -> float:
     """Per cent of bits that ``test`` takes more than ``anchor`` at the same metric; NaN where they do not overlap."""
-    if min(len(anchor[metric]), len(test[metric])) < 2:
-        return float("nan")
-    low = max(anchor[metric].min(), test[metric].min())
-    high = min(anchor[metric].max(), test[metric].max())
-    if low >= high or (np.diff(test[metric]) <= 0).any():
+    curves = (*_image_codecs.rising(anchor, metric), *_image_codecs.rising(test, metric))
+    ours, theirs = curves[3], curves[1]
+    if min(len(ours), len(theirs)) < 2 or max(ours[0], theirs[0]) >= min(ours[-1], theirs[-1]):
         return float("nan")
     import bjontegaard  # noqa: PLC0415 - `main` has looked whether it is there
 
-    curves = (anchor["bits_per_pixel"], anchor[metric], test["bits_per_pixel"], test[metric])
     return float(bjontegaard.bd_rate(*curves, method="pchip", require_matching_points=False, min_overlap=0))
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import _command
 import tyro
 
 from vqvae_jax import config
-from vqvae_jax.errors import ConfigError
+from vqvae_jax.errors import ConfigError, VQVAEError
 from vqvae_jax.runtime import config_file, distributed, runs
 
 
@@ -60,6 +61,10 @@ def _parse() -> tuple[Flags, Path | None]:
         description=f"{Flags.__doc__} Presets: {', '.join(config.PRESETS)}.",
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    if flags.config.training.from_run:  # as it is saved
+        place = os.path.abspath(flags.config.training.from_run)
+        training = dataclasses.replace(flags.config.training, from_run=place)
+        flags = dataclasses.replace(flags, config=dataclasses.replace(flags.config, training=training))
     if known.resume:
         config_file.check_resumable(base, flags.config)
     return flags, run_dir
@@ -92,7 +97,10 @@ def main() -> int:
     say("Test split, best checkpoint:")
     for line in table.describe(outcome.evaluation, flags.config):
         say(f"  {line}")
-    say(f"  {beside_avif.compare(run_dir)}")  # on all processes: they restore together
+    try:
+        say(f"  {beside_avif.compare(run_dir)}")  # on all processes: they restore together
+    except (VQVAEError, OSError) as error:
+        say(f"  Not compared with AVIF: {error}")
     say(
         f"Pictures: {run_dir / 'eval/test/reconstructions.png'} and {run_dir / 'samples'}\n"
         f"Curves: tensorboard --logdir {run_dir} (or {run_dir / 'metrics.jsonl'})\n"

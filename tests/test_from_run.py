@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -81,11 +82,27 @@ def test_with_a_rate_weight_the_run_has_a_prior_of_its_own_that_codes_its_files(
 
 
 @pytest.mark.slow
-def test_a_rate_training_resumes_to_the_last_bit(source, tmp_path):
-    config = config_from(source, rate_weight=0.5, epochs=3)
+def test_a_stopped_rate_training_goes_on_without_its_source_to_the_last_bit(source, tmp_path, monkeypatch):
+    lent = tmp_path / "lent"
+    shutil.copytree(source, lent)
+    config = config_from(lent, rate_weight=0.5)
     trainer.train_and_evaluate(config, tmp_path / "whole", log=quietly)
-    short = dataclasses.replace(config, training=dataclasses.replace(config.training, epochs=2))
-    trainer.train_and_evaluate(short, tmp_path / "cut", log=quietly)
+    make, taken = trainer.fitted_train_step, []
+
+    def make_counting(*arguments):
+        step, remat = make(*arguments)
+
+        def counting(*given):
+            taken.append(None)
+            if len(taken) == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*given)
+
+        return counting, remat
+
+    monkeypatch.setattr(trainer, "fitted_train_step", make_counting)
+    assert trainer.train_and_evaluate(config, tmp_path / "cut", log=quietly).evaluation is None
+    shutil.rmtree(lent)
     trainer.train_and_evaluate(config, tmp_path / "cut", resume=True, log=quietly)
     jax.tree.map(np.testing.assert_array_equal, variables_of(tmp_path / "whole"), variables_of(tmp_path / "cut"))
     whole, cut = (vqvae_jax.load(tmp_path / name).prior.prior.fingerprint for name in ("whole", "cut"))
@@ -124,9 +141,9 @@ def test_a_rate_weight_needs_a_prior_of_the_best_checkpoint(source, tmp_path):
 
 def test_the_command_takes_the_other_runs_settings(source, tmp_path):
     flags = ("--platform", "cpu", "--from", source, "--epochs", 1, "--sample-images", 0, "--workdir", tmp_path / "run")
-    done = run_script("train.py", *flags, "--preset", "hipmri")
+    done = run_script("train.py", *flags, "--preset", "hipmri", cwd=tmp_path)
     assert done.returncode != 0 and "--from has the settings" in done.stderr
-    done = run_script("train.py", *flags, "--learning-rate", "1e-5")
+    done = run_script("train.py", *flags, "--learning-rate", "1e-5", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"Starts from the best checkpoint of {source}" in done.stdout
     made, before = runs.load_config(tmp_path / "run"), runs.load_config(source)

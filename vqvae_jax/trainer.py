@@ -99,7 +99,8 @@ def train_and_evaluate(
     check_devices(config.training.batch_size, config.training.accumulate)
     check_ssim(config)
     config = _with_absolute_paths(config)
-    from_run.check(config)
+    if not resume:
+        from_run.check(config)
     with claimed_by_first(run_dir, resume):
         return _train_and_evaluate(config, run_dir, resume, log if distributed.is_first() else _quiet)
 
@@ -122,6 +123,7 @@ def _train_and_evaluate(config: Config, run_dir: Path, resume: bool, log: Callab
             if distributed.is_first():
                 runs.save_config(run_dir, config)
                 survey.write(run_dir / runs.DATA)
+                trainer.save_prior_config()
             trainer.run(stop)
             if stop:
                 return Outcome(trainer.step, None)
@@ -211,7 +213,11 @@ class Trainer:
         self._log = log
         splits = ("train", "validation")
         train, validation = loader.open_splits(survey, config.data, config.model.image_size, splits, log)
-        self._prior = from_run.prior_config(config) if config.loss.rate_weight else None
+        self._checkpoints = Checkpoints(run_dir)
+        self._fresh = self._checkpoints.empty()
+        self._prior = None
+        if config.loss.rate_weight:
+            self._prior = from_run.prior_config(config) if self._fresh else runs.load_prior_config(run_dir)
         self._loader = loader.TrainLoader(
             loader.Clips(train, self._prior.neighbours) if self._prior else train,
             config.training.batch_size,
@@ -227,15 +233,15 @@ class Trainer:
         self._vgg_variables = replicate(vgg_variables)
         self._steps = config.training.epochs * self._loader.steps_per_epoch
         self._state = create_train_state(config, self._loader.batches_per_epoch)
-        if config.training.from_run:
+        if config.training.from_run and self._fresh:
             self._state = from_run.started(config, self._state)
             log(f"Starts from the best checkpoint of {config.training.from_run}")
         if self._prior:
-            self._state = from_run.with_prior(config, self._prior, self._state, self._steps)
+            self._state = from_run.beside_prior(config, self._prior, self._state, self._steps)
+            self._state = from_run.with_prior(config, self._prior, self._state) if self._fresh else self._state
         self._train_step: Callable | None = None
         self._progress = Progress(slices=len(train))
         self._slices = len(train)
-        self._checkpoints = Checkpoints(run_dir)
         self._metrics: MetricsLog | None = None
         self._compiled = False
         self._bits = 0.0
@@ -392,12 +398,17 @@ class Trainer:
         self._bits = means.get("bits_per_pixel", self._bits)
         self._save(summary["ssim"] if risen else None)
 
+    def save_prior_config(self) -> None:
+        """Writes the configuration of a prior that is trained along, which a resumed run goes on with."""
+        if self._prior and self._fresh:
+            from_run.save_config(self._run_dir, self._prior)
+
     def finish(self) -> None:
         """Writes the prior that was trained along, of the best checkpoint, to the run's folder."""
         if self._prior:
-            state, _ = self._checkpoints.restore(self._state, "best")
+            state, progress = self._checkpoints.restore(self._state, "best")
             share = 1 - self._bits * self._config.model.downsampling**2 / math.log2(self._config.model.num_embeddings)
-            from_run.save_prior(self._run_dir, self._config, self._prior, state, share)
+            from_run.save_prior(self._run_dir, self._config, state, progress, share if self._bits else 0.0)
 
     def _save(self, ssim: float | None) -> None:
         self._checkpoints.save(self._state, self._progress, ssim)

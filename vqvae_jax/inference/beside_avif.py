@@ -13,7 +13,6 @@ from vqvae_jax import metrics
 from vqvae_jax.coding import vqz
 from vqvae_jax.coding.encoded import EncodedImages, EncodedNifti
 from vqvae_jax.data import volumes
-from vqvae_jax.errors import DataError
 from vqvae_jax.evaluation.evaluate import open_run
 from vqvae_jax.inference.trained_model import TrainedModel, load
 
@@ -50,22 +49,23 @@ def open_volumes(
 ) -> list[np.ndarray]:
     """A split's volumes float32 [N, H, W] in [0, 1]; with ``most``, a sample of them of about so many slices.
 
+    Slices of another size in one volume are a volume of their own.
+
     Raises:
-      CheckpointError, ConfigError, DataError: the run or its data cannot be read, or a volume has slices of two sizes.
+      CheckpointError, ConfigError, DataError: the run or its data cannot be read.
     """
     _, _, slices = open_run(run_dir, split, data=data, log=log)
     volume, numbers = volumes.of_slices(slices)
     count = int(volume.max()) + 1
-    found: dict[int, np.ndarray] = {}
+    found: dict[int, list[np.ndarray]] = {}
     for number in np.random.default_rng(0).permutation(count) if most else range(count):
-        if most and sum(map(len, found.values())) >= most:
+        if most and sum(len(part) for parts in found.values() for part in parts) >= most:
             break
         places = sorted(np.flatnonzero(volume == number), key=lambda place: numbers[place])
         images = [slices.sample(int(place)).pixels for place in places]
-        if len({image.shape for image in images}) > 1:
-            raise DataError(f"{slices.sample(int(places[0])).case}: has slices of several sizes")
-        found[int(number)] = np.stack(images)
-    return [found[number] for number in sorted(found)]
+        sizes = {image.shape for image in images}
+        found[int(number)] = [np.stack([image for image in images if image.shape == size]) for size in sorted(sizes)]
+    return [volume for number in sorted(found) for volume in found[number]]
 
 
 def file_of(indices: np.ndarray, size: tuple[int, int], model: TrainedModel) -> vqz.VqzFile:

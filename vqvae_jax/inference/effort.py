@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqvae_jax.config import Config
-from vqvae_jax.metrics.similarity import ssim
+from vqvae_jax.config import PRESETS, Config
+from vqvae_jax.metrics.similarity import SSIM_WINDOW, ssim
 from vqvae_jax.models import rounding
 from vqvae_jax.models.prior import coding_order
 from vqvae_jax.models.prior_integers import PriorProgram
@@ -85,7 +85,7 @@ class Chooser:
         return self._descended(grid, error, work, scale, DESCENTS[effort]) if DESCENTS[effort] else grid
 
     def _descended(self, grid: np.ndarray, error: Any, work: "_Slice", curvature: float, times: int) -> np.ndarray:
-        """Codes chosen by the decoder's error, to second order about the codes so far; no change that makes J worse.
+        """Codes chosen by the decoder's error, to second order about the codes so far.
 
         With g the gradient of the error by the vector of a code, c the curvature and v the way to another code, the
         other is taken to change the error by g v + c |v|^2, and the bits as given all other codes. All of a lattice
@@ -143,12 +143,17 @@ class _Slice:
 
 
 def _error_a_distance(error: Any, distances: np.ndarray, grid: np.ndarray) -> float:
-    """How much a unit of squared distance to the code adds to an image's error: by the second nearest codes."""
+    """How much a unit of squared distance to the code adds to an image's error: by the second nearest codes.
+
+    Where these make it no worse, all of the image's error is put down to the distances.
+    """
     chosen = _lattices(grid.shape)[0]
     second = grid.copy()
     second[chosen] = np.argpartition(distances[chosen], 1, axis=1)[:, 1]
     least, next_least = (np.take_along_axis(distances, each[..., None], axis=2).sum() for each in (grid, second))
-    return max(0.0, (error(second)[0] - error(grid)[0]) / max(next_least - least, 1e-12))
+    own = error(grid)[0]
+    more = error(second)[0] - own
+    return more / max(next_least - least, 1e-12) if more > 0 else own / max(least, 1e-12)
 
 
 def _lattices(shape: tuple[int, int]) -> list[np.ndarray]:
@@ -158,6 +163,9 @@ def _lattices(shape: tuple[int, int]) -> list[np.ndarray]:
 
 
 def _distortion(config: Config, reconstruction: jax.Array, images: jax.Array) -> jax.Array:
-    """The training's own, but for the perceptual term: float32 [N]."""
-    pixels = jax.vmap(RECONSTRUCTION[config.loss.reconstruction])(reconstruction, images)
-    return pixels + config.loss.ssim_weight * (1 - ssim(reconstruction, images))
+    """That of a training with a rate weight, but for its perceptual term; else that of ``hipmri``: float32 [N]."""
+    loss = config.loss if config.loss.rate_weight else PRESETS["hipmri"].loss
+    pixels = jax.vmap(RECONSTRUCTION[loss.reconstruction])(reconstruction, images)
+    if not loss.ssim_weight or min(images.shape[1:3]) < SSIM_WINDOW:
+        return pixels
+    return pixels + loss.ssim_weight * (1 - ssim(reconstruction, images))

@@ -19,7 +19,7 @@ from vqvae_jax.config import Config
 from vqvae_jax.data import grid, intensity, nifti, nifti_write, slice_axes
 from vqvae_jax.errors import CheckpointError, DataError
 from vqvae_jax.inference import prior
-from vqvae_jax.inference.effort import Chooser
+from vqvae_jax.inference.effort import DESCENTS, Chooser
 from vqvae_jax.models.fingerprint import fingerprint
 from vqvae_jax.models.prior_integers import PriorProgram
 from vqvae_jax.models.vqvae import VQVAE
@@ -321,6 +321,8 @@ class TrainedModel:
         self, images: np.ndarray, limits: list[tuple[float, float]], effort: int, volume: bool, progress: bool
     ) -> np.ndarray:
         """Indices [N, h, w] of images [N, H, W], the nearest or chosen with effort."""
+        if effort not in range(len(DESCENTS)):
+            raise DataError(f"effort is {effort}; expected 0 to {len(DESCENTS) - 1}")
         if not effort:
             return self._indices(images, limits, progress)
         if self.prior is None:

@@ -88,8 +88,8 @@ CHANGEABLE = {
     "loss": {"vgg_weights"},
     "training": {"epochs", "sample_images", "remat"},
 }
-"""Fields that a resumed run may change (``epochs`` not with a cosine, which ends with them); the others would make
-it another run."""
+"""Fields that a resumed run may change; the others would make it another run. ``epochs`` not with a cosine, which ends
+with them, nor with a rate weight, which rises with their number."""
 
 
 def check_resumable(old: Config, new: Config) -> None:
@@ -98,10 +98,10 @@ def check_resumable(old: Config, new: Config) -> None:
         raise ConfigError(f"--preset {new.preset} with --resume, but the run was started with {old.preset}")
     for group in ("model", "data", "loss", "training", "augmentation"):
         before, after = (dataclasses.asdict(getattr(config, group)) for config in (old, new))
-        fixed = {"epochs"} if old.training.schedule == "cosine" else set()
+        fixed = {"epochs"} if old.training.schedule == "cosine" or old.loss.rate_weight else set()
         for name, value in before.items():
             if value != after[name] and name not in CHANGEABLE.get(group, set()) - fixed:
-                flag = name.replace("_", "-")
+                flag = "from" if name == "from_run" else name.replace("_", "-")
                 raise ConfigError(
                     f"--{flag} {after[name]!r} with --resume, but the run was started with {value!r}; "
                     "leave the flag out, or start another run"

@@ -1,6 +1,7 @@
 """Starting from another run: from its weights, and with a rate weight from the prior over its codes too."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -8,7 +9,7 @@ import jax
 from vqvae_jax.config import Config, ModelConfig, PriorConfig
 from vqvae_jax.errors import ConfigError
 from vqvae_jax.models.fingerprint import fingerprint
-from vqvae_jax.runtime import runs
+from vqvae_jax.runtime import distributed, runs
 from vqvae_jax.training.checkpoint import Checkpoints, Progress, load_variables
 from vqvae_jax.training.prior_step import METRIC, codebook_of, create_prior_state, make_prior
 from vqvae_jax.training.state import RateState, TrainState
@@ -30,9 +31,10 @@ def check(config: Config) -> None:
     if source is None:
         return
     found = runs.load_config(Path(source)).model
+    free = ("precision",) if config.loss.rate_weight else ("precision", "image_size")
     for field in dataclasses.fields(ModelConfig):
         ours, theirs = getattr(config.model, field.name), getattr(found, field.name)
-        if ours != theirs and field.name not in ("precision", "image_size"):
+        if ours != theirs and field.name not in free:
             flag = field.name.replace("_", "-")
             raise ConfigError(f"--{flag} {ours}: the model of --from {source} has {theirs}; leave the flag out")
 
@@ -65,26 +67,44 @@ def started(config: Config, state: TrainState) -> TrainState:
     return state.replace(params=variables.pop("params"), model_state=variables)
 
 
-def with_prior(config: Config, prior: PriorConfig, state: TrainState, steps: int) -> RateState:
-    """A model's state with a fresh state of ``from_run``'s best prior, for ``steps`` steps."""
-    fresh = create_prior_state(prior, config.model, codebook_of(state.variables), steps)
+def beside_prior(config: Config, prior: PriorConfig, state: TrainState, steps: int) -> RateState:
+    """A model's state with a fresh one of a prior, for ``steps`` steps."""
+    return RateState(state, create_prior_state(prior, config.model, codebook_of(state.variables), steps))
+
+
+def with_prior(config: Config, prior: PriorConfig, state: RateState) -> RateState:
+    """The state with the parameters of ``from_run``'s best prior."""
     checkpoints = Checkpoints(Path(config.training.from_run) / runs.PRIOR, METRIC, read_only=True)
     try:
         shapes = make_prior(prior, config.model).shapes()
         variables = checkpoints.restore_variables(shapes, "best")
     finally:
         checkpoints.close()
-    return RateState(state, fresh.replace(params=variables["params"]))
+    return RateState(state.model, state.prior.replace(params=variables["params"]))
 
 
-def save_prior(run_dir: Path, config: Config, prior: PriorConfig, state: RateState, share_saved: float) -> None:
-    """Writes the prior of a finished run as scripts/train_prior.py does."""
-    prior = dataclasses.replace(prior, model=fingerprint(config, jax.device_get(state.variables)))
+def save_config(run_dir: Path, prior: PriorConfig) -> None:
+    """Writes the configuration of a run's prior before it is trained, as that of no model's codes yet."""
+    (run_dir / runs.PRIOR).mkdir(exist_ok=True)
+    runs.save_config(run_dir / runs.PRIOR, dataclasses.replace(prior, model=""))
+
+
+def save_prior(run_dir: Path, config: Config, state: RateState, progress: Progress, share_saved: float) -> None:
+    """Writes the prior of a finished run, as one that scripts/train_prior.py trained; not where it is there already."""
     folder = run_dir / runs.PRIOR
+    prior = runs.load_prior_config(run_dir)
+    model = fingerprint(config, jax.device_get(state.variables))
+    if prior.model == model:
+        return
+    prior = dataclasses.replace(prior, model=model)
+    with distributed.first_alone():
+        if distributed.is_first():
+            shutil.rmtree(folder / runs.CHECKPOINTS, ignore_errors=True)
     checkpoints = Checkpoints(folder, METRIC)
     try:
-        checkpoints.save(state.prior, Progress(epoch=config.training.epochs, score=share_saved), share_saved)
+        checkpoints.save(state.prior, Progress(progress.epoch, slices=progress.slices, score=share_saved), share_saved)
         checkpoints.wait()
     finally:
         checkpoints.close()
-    runs.save_config(folder, prior)
+    if distributed.is_first():
+        runs.save_config(folder, prior)

@@ -26,7 +26,7 @@ RISING_SHARE = 1 / 3
 """Share of the training in which the rate's weight rises from 0."""
 
 
-def soft_nats(latents: jax.Array, codebook: jax.Array, logits: jax.Array) -> jax.Array:
+def soft_nats(latents: jax.Array, codebook: jax.Array, logits: jax.Array, axis_name: str | None = None) -> jax.Array:
     """Cross-entropy of soft assignments and the prior: float32 [...], nats of each position.
 
     sum over k of q_k * -log p_k, with q = softmax(-|z - e_k|^2 / T) and p the prior's distribution. T is TEMPERATURE
@@ -36,9 +36,11 @@ def soft_nats(latents: jax.Array, codebook: jax.Array, logits: jax.Array) -> jax
       latents: float32 [..., d].
       codebook: [K, d].
       logits: of p, [..., K].
+      axis_name: the pmapped axis over whose devices the mean is taken.
     """
     distances = squared_distances(latents, codebook)
-    scale = TEMPERATURE * jnp.mean(jax.lax.stop_gradient(jnp.min(distances, axis=-1)))
+    least = jnp.mean(jax.lax.stop_gradient(jnp.min(distances, axis=-1)))
+    scale = TEMPERATURE * (least if axis_name is None else jax.lax.pmean(least, axis_name))
     assignment = jax.nn.softmax(-distances / jnp.maximum(scale, 1e-12), axis=-1)
     return -jnp.sum(assignment * jax.nn.log_softmax(logits, axis=-1), axis=-1)
 
@@ -84,7 +86,7 @@ def make_rate_train_step(
             output, model_state = recomputing(forward, config.training.remat)(params, images)
             losses, indices = losses_of(config.loss, vgg, vgg_variables, output, images), output.quantizer.indices
             logits = prior.apply({"params": prior_params}, indices, known, before, present)
-            nats = soft_nats(output.quantizer.latents, codebook, jax.lax.stop_gradient(logits))
+            nats = soft_nats(output.quantizer.latents, codebook, jax.lax.stop_gradient(logits), AXIS)
             rate = bits_a_pixel * jnp.mean(jnp.sum(weights * nats, axis=(1, 2)))
             total = losses.total + weight_at(config, state.step, steps) * rate
             hard = optax.softmax_cross_entropy_with_integer_labels(jax.lax.stop_gradient(logits), indices)
