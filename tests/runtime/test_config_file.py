@@ -5,7 +5,7 @@ import json
 import pytest
 from changed_settings import FIELDS, GROUPS, changed
 
-from vqvae_jax.config import PRESETS, Config, ModelConfig, TrainingConfig
+from vqvae_jax.config import PRESETS, Config, LossConfig, ModelConfig, TrainingConfig
 from vqvae_jax.errors import ConfigError
 from vqvae_jax.runtime.config_file import check_resumable, from_json, to_json
 
@@ -106,8 +106,16 @@ def test_a_resumed_run_may_change(group, name):
 
 @pytest.mark.parametrize(("group", "name"), [field for field in FIELDS if field not in MAY_CHANGE])
 def test_a_resumed_run_may_not_change(group, name):
-    with pytest.raises(ConfigError, match=f"^--{name.replace('_', '-')} "):
+    flag = "from" if name == "from_run" else name.replace("_", "-")
+    with pytest.raises(ConfigError, match=f"^--{flag} "):
         check_resumable(Config(), changed(group, name))
+
+
+def test_a_rates_weight_rises_with_the_epochs_it_began_with():
+    loss = LossConfig(rate_weight=0.1)
+    old, new = (Config(loss=loss, training=TrainingConfig(epochs=epochs)) for epochs in (50, 60))
+    with pytest.raises(ConfigError, match=r"^--epochs 60 "):
+        check_resumable(old, new)
 
 
 def test_a_resumed_run_may_not_change_its_preset():
