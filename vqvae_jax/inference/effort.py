@@ -27,9 +27,10 @@ from vqvae_jax.training.prior_step import codebook_of
 DESCENTS = (0, 0, 6, 24)
 """At each effort, how often every code is chosen by the decoder's error. Effort 0 takes the nearest codes."""
 WEIGHT = 0.1
-"""Of bits a pixel, where the model was trained without a rate weight."""
+"""Of bits a pixel, where the model was trained without a rate weight: the one that docs/results.md measures."""
 FLATTER, STEEPER = 0.7, 2.0
-"""Factors on the curvature that is assumed, after a change that was taken and one that was not."""
+"""Factors on the curvature that is assumed, after a change that was taken and one that was not. Without the first, more
+descents changed nothing on the one volume that was tried."""
 _LATTICE = 2
 """Stride of the lattices whose codes are chosen at once: these are no neighbours."""
 
@@ -41,6 +42,7 @@ class Chooser:
       config: the run's configuration.
       variables: its model's.
       program: the prior over its codes.
+      weight: of bits a pixel; by default that of training, or WEIGHT.
     """
 
     def __init__(self, config: Config, variables: Any, program: PriorProgram, weight: float | None = None):
@@ -55,6 +57,7 @@ class Chooser:
             return jnp.sum(each), each
 
         def descend(variables: Any, indices: jax.Array, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """Errors [N] of codes [N, h, w], and their gradient [N, h, w, d] by the codes' vectors."""
             codes = jnp.take(codebook_of(variables), indices, axis=0)
             gradient, each = jax.grad(error, has_aux=True)(codes, variables, images)
             return each, gradient

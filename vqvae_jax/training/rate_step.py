@@ -16,12 +16,12 @@ from vqvae_jax.models.vgg16 import VGG16
 from vqvae_jax.models.vqvae import VQVAE
 from vqvae_jax.runtime.randomness import Purpose, key_for
 from vqvae_jax.training.augmentation import augment
-from vqvae_jax.training.prior_step import codebook_of, draw_masks, make_prior, unknown_nats
+from vqvae_jax.training.prior_step import codebook_of, cross_entropy, draw_masks, make_prior, unknown_nats
 from vqvae_jax.training.state import RateState, Variables
 from vqvae_jax.training.step import AXIS, StepMetrics, losses_of, places, pmapped, recomputing
 
 TEMPERATURE = 0.25
-"""Of the soft assignment: a share of the mean squared distance between latents and their codes."""
+"""Of the soft assignment: a share of the mean squared distance between latents and their codes. No other was tried."""
 RISING_SHARE = 1 / 3
 """Share of the training in which the rate's weight rises from 0."""
 
@@ -89,7 +89,7 @@ def make_rate_train_step(
             nats = soft_nats(output.quantizer.latents, codebook, jax.lax.stop_gradient(logits), AXIS)
             rate = bits_a_pixel * jnp.mean(jnp.sum(weights * nats, axis=(1, 2)))
             total = losses.total + weight_at(config, state.step, steps) * rate
-            hard = optax.softmax_cross_entropy_with_integer_labels(jax.lax.stop_gradient(logits), indices)
+            hard = cross_entropy(jax.lax.stop_gradient(logits), indices)
             spent = bits_a_pixel * jnp.mean(jnp.sum(weights * hard, axis=(1, 2)))
             losses = losses.replace(total=total, rate=spent)
             return total + unknown_nats(logits, indices, known), (losses, output.quantizer.counts, model_state)
