@@ -87,7 +87,7 @@ def train(
     seed = config.training.seed
     torch.manual_seed(seed)
     model = _torch.reference(config.model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.training.learning_rate)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     batches = loader.TrainLoader(Intensities(slices), config.training.batch_size, integer_for(seed, Purpose.ORDER))
     for step in tqdm.trange(steps, desc=f"Training, seed {seed}", unit="step", leave=False, disable=None):
         images = torch.from_numpy(np.array(next(batches)))
@@ -254,7 +254,7 @@ def main() -> None:
     cells = [(recipe, name, flags.steps, *(f"{x:.4f}" for x in means), f"{took:.0f}") for name, *means, took in rows]
     header = ("recipe", "seed", "steps", *(f"SSIM, {name}" for name in scores.ssim), "seconds of training")
     _measure.print_table(header, cells)
-    how = f"batches of {config.training.batch_size}, Adam at {config.training.learning_rate:g}"
+    how = f"batches of {config.training.batch_size}, Adam at {config.learning_rate:g}"
     print(f"\n{len(test)} test slices; {how}, perceptual weight {config.loss.perceptual_weight:g}. Written: {out}/")
 
 

@@ -118,7 +118,7 @@ def run_torch(flags) -> None:
     model, features = _torch.fast_reference(config.model).to(device), None
     if config.loss.perceptual_weight:
         features = _torch.Features(_jax.vgg_arrays(config.loss.vgg_weights)).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.training.learning_rate)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
 
     def tensor(images: np.ndarray) -> "torch.Tensor":
         return torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(device)

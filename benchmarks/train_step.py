@@ -60,7 +60,7 @@ def run_torch(flags) -> None:
         images = images.to(memory_format=torch.channels_last)
     if flags.worker != "torch":
         loss = torch.compile(loss)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.training.learning_rate, fused=best)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=best)
 
     def step():
         optimizer.zero_grad(set_to_none=True)

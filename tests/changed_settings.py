@@ -30,6 +30,7 @@ _SPECIAL = {
     "fit": "resize",
     "remat": "full",
     "reference_flatten": True,
+    "learning_rate": "auto",
     "schedule": "cosine",
     "accumulate": 2,
     "reconstruction": "l2",

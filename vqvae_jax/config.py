@@ -15,6 +15,8 @@ from vqvae_jax.errors import require
 LARGEST_FLOAT = sys.float_info.max
 LARGEST_SEED = 2**32 - 1
 """jax.random.key takes no more than 32 bits of a seed."""
+AUTO_RATE = 3e-4 * 256
+"""Learning rate ``auto`` times the width of the network."""
 NOT_WITH_REFERENCE_FLATTEN = ("codebook_update", "code_dim", "downsampling", "residual", "attention")
 """Fields of ModelConfig in which an imported model is always the published one."""
 
@@ -202,8 +204,8 @@ class TrainingConfig:
     """Passes over the training slices."""
     batch_size: int = 32
     """Slices in one step, over all devices."""
-    learning_rate: float = 1e-4
-    """Adam's highest learning rate."""
+    learning_rate: float | Literal["auto"] = 1e-4
+    """Adam's highest learning rate; auto is 3e-4 at width 256 and as much more as --hidden-channels is less."""
     schedule: Literal["steps", "cosine"] = "steps"
     """How the learning rate falls: to a half every 20 epochs, as published, or as a cosine to 0 at the end."""
     warmup_steps: int = 0
@@ -222,7 +224,9 @@ class TrainingConfig:
     """Validation slices drawn into samples/ after each epoch; 0 draws none."""
 
     def __post_init__(self):
-        _require_positive(self, "epochs", "batch_size", "learning_rate", "accumulate")
+        _require_positive(self, "epochs", "batch_size", "accumulate")
+        if self.learning_rate != "auto":
+            _require_positive(self, "learning_rate")
         _require(
             self.batch_size % self.accumulate == 0,
             "accumulate",
@@ -269,6 +273,12 @@ class Config:
     training: TrainingConfig = TrainingConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
 
+    @property
+    def learning_rate(self) -> float:
+        """Adam's highest learning rate, a number where the settings say ``auto`` too."""
+        rate = self.training.learning_rate
+        return AUTO_RATE / self.model.hidden_channels if rate == "auto" else rate
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PriorConfig:
@@ -307,7 +317,7 @@ PRESETS: dict[str, Config] = {
         preset="hipmri",
         model=ModelConfig(codebook_update="ema", latent_norm=False, code_dim=16, residual="pre"),
         loss=LossConfig(ssim_weight=0.5),
-        training=TrainingConfig(learning_rate=3e-4),
+        training=TrainingConfig(learning_rate="auto"),
     ),
     "reference": Config(model=ModelConfig(image_size=(256, 256)), data=DataConfig(fit="resize")),
     "demo": Config(

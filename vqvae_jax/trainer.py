@@ -226,7 +226,7 @@ class Trainer:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        self._schedule = learning_rate_schedule(config.training, self._loader.batches_per_epoch)
+        self._schedule = learning_rate_schedule(config, self._loader.batches_per_epoch)
         self._validator = Evaluator(config, validation)
         drawn = np.linspace(0, len(validation) - 1, min(config.training.sample_images, len(validation)))
         self._drawn = [int(index) for index in drawn]
@@ -260,6 +260,9 @@ class Trainer:
             f"validation slices, {len(devices)} x {devices[0].device_kind}"
             + (f" in {processes} processes" if processes > 1 else "")
         )
+        if self._config.training.learning_rate == "auto":
+            width = self._config.model.hidden_channels
+            self._log(f"Learning rate: {self._config.learning_rate:.3g}, for width {width} (--learning-rate)")
         loss = self._config.loss
         if loss.perceptual_weight and loss.vgg_weights == vgg_weights.RANDOM:
             layers = ", ".join(loss.perceptual_layers)

@@ -199,7 +199,8 @@ def test_parameters_move_with_every_second_part_by_the_mean_gradient(monkeypatch
     )
     step, parts = make_train_step(config), np.split(batch(), 2)
     initial = jax.device_get(create_train_state(config, steps_per_epoch=10))
-    optimizer = make_optimizer(dataclasses.replace(config.training, accumulate=1), 10)
+    once = dataclasses.replace(config.training, accumulate=1)
+    optimizer = make_optimizer(dataclasses.replace(config, training=once), 10)
     fresh = initial.replace(tx=optimizer, opt_state=jax.device_get(jax.jit(optimizer.init)(initial.params)))
 
     gradients, alone = [], fresh

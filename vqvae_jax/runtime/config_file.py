@@ -3,7 +3,8 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from vqvae_jax.config import Config, PriorConfig
 from vqvae_jax.errors import ConfigError
@@ -54,33 +55,20 @@ def _from_dict(cls: type, values: Any, source: str | Path, where: str) -> Any:
 
 
 def _check_type(name: str, kind: Any, value: Any, source: str | Path) -> None:
-    accepted = {
-        bool: lambda v: type(v) is bool,
-        int: lambda v: type(v) is int,
-        float: lambda v: type(v) in (int, float),
-        str: lambda v: isinstance(v, str),
-        str | None: lambda v: v is None or isinstance(v, str),
-        int | None: lambda v: v is None or type(v) is int,
-        tuple[int, int]: lambda v: isinstance(v, list) and all(type(x) is int for x in v),
-        tuple[str, ...]: lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
-        tuple[float, float]: lambda v: isinstance(v, list) and all(type(x) in (int, float) for x in v),
-    }
-    choices = [(type(choice), choice) for choice in _choices(kind)]
-    check = accepted.get(kind, lambda v: (type(v), v) in choices)  # 4.0 and True are no integers
-    if not check(value):
+    if not _is_of(kind, value):
         expected = kind.__name__ if isinstance(kind, type) else kind
         raise ConfigError(f"{source}: {name} is {value!r}, but must be of type {expected}")
 
 
-def _choices(kind: Any) -> list[Any]:
-    """The values of a Literal, or of a Literal or None."""
-    found = []
-    for part in get_args(kind):
-        if part is type(None):
-            found.append(None)
-        else:
-            found += _choices(part) if get_args(part) else [part]
-    return found
+def _is_of(kind: Any, value: Any) -> bool:
+    """Whether a value read from JSON is of an annotated type."""
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is_of(part, value) for part in get_args(kind))
+    if get_origin(kind) is Literal:
+        return (type(value), value) in [(type(choice), choice) for choice in get_args(kind)]  # 4.0 is no integer
+    if get_origin(kind) is tuple:
+        return isinstance(value, list) and all(_is_of(get_args(kind)[0], part) for part in value)
+    return type(value) in ((int, float) if kind is float else (kind,))
 
 
 CHANGEABLE = {

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from vqvae_jax.config import Config, ModelConfig, TrainingConfig
+from vqvae_jax.config import Config, ModelConfig
 from vqvae_jax.models.vqvae import VQVAE
 from vqvae_jax.runtime import compilation
 from vqvae_jax.runtime.randomness import Purpose, key_for
@@ -76,37 +76,39 @@ class RateState:
         return RateState(model, self.prior.replace(**beyond_model["prior"]))
 
 
-def learning_rate_schedule(config: TrainingConfig, steps_per_epoch: int) -> optax.Schedule:
+def learning_rate_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
     """Learning rate by step: linear from 0 for ``warmup_steps``, then falling in steps or as a cosine.
 
     In steps: multiplied by DECAY after every DECAY_EPOCHS epochs from then on. As a cosine: to
     0 at the last step (Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts).
     """
-    warmup = config.warmup_steps
-    if config.schedule == "cosine":
-        falling = optax.cosine_decay_schedule(config.learning_rate, max(1, config.epochs * steps_per_epoch - warmup))
+    rate, settings = config.learning_rate, config.training
+    warmup = settings.warmup_steps
+    if settings.schedule == "cosine":
+        falling = optax.cosine_decay_schedule(rate, max(1, settings.epochs * steps_per_epoch - warmup))
     else:
         falling = optax.exponential_decay(
-            config.learning_rate,
+            rate,
             transition_steps=DECAY_EPOCHS * steps_per_epoch,
             decay_rate=DECAY,
             staircase=True,
         )
     if not warmup:
         return falling
-    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), falling], [warmup])
+    return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), falling], [warmup])
 
 
-def make_optimizer(config: TrainingConfig, steps_per_epoch: int) -> optax.GradientTransformation:
+def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
     """Adam (Kingma and Ba 2015, arXiv:1412.6980) on gradients clipped to a global norm.
 
     With ``accumulate`` it moves the parameters once for so many gradients, by their mean.
     """
     optimizer = optax.adam(learning_rate_schedule(config, steps_per_epoch))
-    if config.gradient_clip:
-        optimizer = optax.chain(optax.clip_by_global_norm(config.gradient_clip), optimizer)
-    if config.accumulate > 1:
-        optimizer = optax.MultiSteps(optimizer, config.accumulate).gradient_transformation()
+    settings = config.training
+    if settings.gradient_clip:
+        optimizer = optax.chain(optax.clip_by_global_norm(settings.gradient_clip), optimizer)
+    if settings.accumulate > 1:
+        optimizer = optax.MultiSteps(optimizer, settings.accumulate).gradient_transformation()
     return optimizer
 
 
@@ -117,7 +119,7 @@ def init_variables(config: ModelConfig, key: jax.Array) -> Variables:
 
 def create_train_state(config: Config, steps_per_epoch: int) -> TrainState:
     """A fresh state; the same for the same seed, on every process."""
-    optimizer = make_optimizer(config.training, steps_per_epoch)
+    optimizer = make_optimizer(config, steps_per_epoch)
 
     def init(key: jax.Array) -> tuple[Variables, Any]:
         variables = init_variables(config.model, key)
