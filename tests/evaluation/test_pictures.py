@@ -4,8 +4,10 @@ import warnings
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from vqvae_jax.evaluation import pictures
 from vqvae_jax.evaluation.pictures import Row, _drawable, draw_reconstructions
 
 
@@ -64,3 +66,24 @@ def test_what_the_font_lacks_is_escaped_and_a_long_label_keeps_its_ends():
     assert _drawable("患\n") == "\\u60a3\\n"
     shown = _drawable("worst: " + "x" * 250 + ", slice 7")
     assert shown.startswith("worst: x") and shown.endswith("x, slice 7") and "..." in shown and len(shown) <= 64
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (64, 64), (32, 96)], ids=["wide", "square", "tall"])
+def test_captions_do_not_touch(tmp_path, monkeypatch, shape):
+    """The longest label that is drawn ends before the next panel's caption begins."""
+    figures = []
+
+    class Kept(Figure):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            figures.append(self)
+
+    monkeypatch.setattr(pictures, "Figure", Kept)
+    image = np.zeros(shape)
+    draw_reconstructions(tmp_path / "picture.png", [Row(image, image, "slice_" * 20, 0.5)] * 2)
+    (figure,) = figures
+    captions = [axes.title.get_window_extent() for axes in figure.axes]
+    assert len(captions) == 6
+    for line in (captions[:3], captions[3:]):
+        assert line[0].x0 >= 0 and line[0].x1 < line[1].x0 and line[1].x1 < line[2].x0
+        assert line[2].x1 <= figure.bbox.x1

@@ -15,8 +15,9 @@ from vqvae_jax.runtime.files import write_whole
 
 DIFFERENCE_LIMIT = 0.25
 """Absolute differences of this and more are drawn in the brightest colour."""
-_ROW_INCHES = 1.9
 _PANEL_INCHES = 3.4
+"""Width of a panel, and its greatest height: a caption has room above any slice."""
+_CAPTION_INCHES = 0.2
 _DPI = 100
 _FONT_SIZE = 7
 _LONGEST_LABEL = 64
@@ -38,7 +39,9 @@ def draw_reconstructions(path: Path, rows: Sequence[Row]) -> None:
 
     The first axis of a slice (left-right in HipMRI) runs to the right and the second downwards.
     """
-    figure = Figure(figsize=(3 * _PANEL_INCHES, _ROW_INCHES * len(rows)), layout="compressed")
+    tallest = max(row.original.shape[1] / row.original.shape[0] for row in rows)
+    height = _PANEL_INCHES * min(1, tallest) + _CAPTION_INCHES
+    figure = Figure(figsize=(3 * _PANEL_INCHES, height * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), 3, squeeze=False)
     for line, row in zip(axes, rows, strict=True):
