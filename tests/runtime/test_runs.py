@@ -94,7 +94,8 @@ def test_a_name_that_no_checkpoint_is_restored_from_is_refused(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["a[b", "a]b", "a]b[", "a*b", "a?b", "a b", "$HOME", "a{b}", "Ωش", "x" * 230, "~a"])
 def test_other_odd_names_are_taken(name, tmp_path):
-    claim(tmp_path / name, resume=False)
+    with runs.claimed(tmp_path / name, resume=False):
+        assert (tmp_path / name).is_dir()
 
 
 def test_a_folder_with_a_run_is_claimed_only_to_go_on(tmp_path):
