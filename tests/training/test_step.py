@@ -112,7 +112,7 @@ def recomputed(config, variables, vgg):
     apply = jax.jit(lambda variables, images: VQVAE(MODEL).apply(variables, images, train=True, mutable="batch_stats"))
     output, _ = apply(variables, batch())
     difference = output.reconstruction - batch()
-    parts = {"reconstruction": np.mean(np.abs(difference) if config.reconstruction == "l1" else difference**2)}
+    parts = {"reconstruction": np.mean(np.abs(difference) if config.reconstruction == "l1" else difference**2 / 0.05)}
     parts |= {"perceptual": 0.0, "quantizer": output.quantizer.loss, "ssim": 0.0}
     if config.perceptual_weight:
         features = jax.jit(vgg16.VGG16(config.perceptual_layers).apply)
