@@ -8,8 +8,9 @@ from conftest import run_script
 
 import vqvae_jax
 from vqvae_jax.coding import prior_coder
+from vqvae_jax.config import PRESETS
 from vqvae_jax.errors import CheckpointError
-from vqvae_jax.inference.effort import Chooser
+from vqvae_jax.inference.effort import Chooser, _distortion
 from vqvae_jax.metrics.similarity import ssim
 from vqvae_jax.models.prior import Prior, coding_order, init_prior
 from vqvae_jax.models.prior_integers import PriorProgram, to_integers
@@ -95,3 +96,14 @@ def test_effort_needs_a_prior(tiny_run, tmp_path):
     done = run_script("encode.py", tmp_path / "one.nii", tmp_path / "one.vqz", *flags, cwd=place)
     assert done.returncode != 0 and "has no prior" in done.stderr
     assert not (tmp_path / "one.vqz").exists()
+
+
+def test_error_is_that_of_the_models_training():
+    """By L2 after hipmri-psnr; after a training by L1 and features alone, as hipmri weighs L1 and SSIM."""
+    image, other = images(2)[..., None]
+    difference = other - image
+    by_pixels = np.mean(difference**2) / 0.05
+    with_ssim = np.abs(difference).mean() + 0.5 * (1 - float(ssim(other[None], image[None])[0]))
+    expected = {"hipmri": with_ssim, "hipmri-psnr": by_pixels, "reference": with_ssim}
+    for preset, value in expected.items():
+        np.testing.assert_allclose(_distortion(PRESETS[preset], other[None], image[None]), [value], rtol=1e-5)

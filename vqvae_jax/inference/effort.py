@@ -166,8 +166,13 @@ def _lattices(shape: tuple[int, int]) -> list[np.ndarray]:
 
 
 def _distortion(config: Config, reconstruction: jax.Array, images: jax.Array) -> jax.Array:
-    """That of a training with a rate weight, but for its perceptual term; else that of ``hipmri``: float32 [N]."""
-    loss = config.loss if config.loss.rate_weight else PRESETS["hipmri"].loss
+    """That of the model's training, but for its perceptual term: float32 [N].
+
+    Of ``hipmri`` where a training without a rate weight had neither L2 nor SSIM: its L1 says little alone.
+    """
+    loss = config.loss
+    if not loss.rate_weight and not loss.ssim_weight and loss.reconstruction == "l1":
+        loss = PRESETS["hipmri"].loss
     pixels = jax.vmap(RECONSTRUCTION[loss.reconstruction])(reconstruction, images)
     if not loss.ssim_weight or min(images.shape[1:3]) < SSIM_WINDOW:
         return pixels
