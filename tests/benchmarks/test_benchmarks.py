@@ -51,13 +51,6 @@ def test_artefacts_change_the_image_as_they_say(benchmark_module):
     assert (artefacts.disc(image, rng, 1.0) == 0.9).any()
 
 
-@pytest.mark.slow
-def test_profile_of_sampling_from_the_prior():
-    small = ("--what", "sampling", "--preset", "demo", "--image-size", 32, 16, "--batch-size", 2)
-    rows = run_benchmark("profile_step.py", *small, "--steps", 1, "--top", 3)
-    assert [len(row.split("|")) for row in rows[:3]] == [6] * 3
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 def test_pytorchs_side_is_the_same_network(preset, benchmark_module):
     """As many tensors of each size as ours has, and as many codes for an image."""
@@ -86,20 +79,19 @@ def test_pytorchs_ssim_is_ours(benchmark_module):
 @pytest.mark.slow
 def test_inference():
     pytest.importorskip("torch")
-    rows = run_benchmark("inference.py", *SMALL_MODEL, "--batch-sizes", 1, 2)
-    assert [row.split()[1] for row in rows] == ["encode"] * 2 + ["decode"] * 2 + ["reconstruct"] * 2
+    rows = run_benchmark("inference.py", *SMALL_MODEL, "--batch-sizes", 1)
+    assert [row.split()[1] for row in rows] == ["encode", "decode", "reconstruct"]
 
 
 @pytest.mark.slow
 def test_time_to_quality(tiny_run):
-    """Both contenders pass a mark that any training passes, and say that they missed one that none does."""
+    """Both contenders say that they missed a mark that no training passes."""
     pytest.importorskip("torch")
     phantom = next((tiny_run[0] / "data/phantom").iterdir())
     small = (*SMALL_MODEL[:-4], "--no-vgg", "--data", phantom, "--epochs", 1, "--batch-size", 2)
-    for mark, said in ((-1, "-1"), (1, "not in")):
-        rows = run_benchmark("time_to_quality.py", *small, "--mark", mark)
-        assert [row.split()[1] for row in rows] == ["jax", "torch"]
-        assert all(said in row for row in rows)
+    rows = run_benchmark("time_to_quality.py", *small, "--mark", 1)
+    assert [row.split()[1] for row in rows] == ["jax", "torch"]
+    assert all("not in" in row for row in rows)
 
 
 @pytest.mark.slow

@@ -240,10 +240,11 @@ def test_remat_changes_memory_and_nothing_else(initial, vgg):
     for remat in ("none", "cheap", "full"):
         step = make_train_step(changed(remat=remat))
         images = split_over_devices(batch())
-        lowered = step.lower(sgd_state(initial), images, vgg)
+        state = sgd_state(initial)
+        lowered = step.lower(state, images, vgg)
         program = lowered.compile(compiler_options=compilation.cpu_options())  # which lower forgets
         memory.append(program.memory_analysis().temp_size_in_bytes)
-        state, metrics = step(sgd_state(initial), images, vgg)
+        state, metrics = program(state, images, vgg)
         found[remat] = state.params, state.model_state, metrics
     assert memory == sorted(memory, reverse=True) and len(set(memory)) == 3
     for remat in ("cheap", "full"):
