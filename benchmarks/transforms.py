@@ -3,7 +3,8 @@
     python benchmarks/transforms.py --data SLICES --image-size 64 64 --hidden-channels 64 --minutes 2
 
 Each row is the preset `hipmri` without its perceptual loss and without attention, changed in what its name says. Its
-step is timed first; the steps that fit into ``--minutes`` follow, under a cosine that ends with them.
+step is timed first; the steps that fit into ``--minutes`` follow, or ``--steps``, under a cosine that ends with them.
+With ``--learning-rates``, each network is trained at each rate.
 
 Rows with stages quantize in turn what the stages before have left (residual vector quantization, Zeghidour et al.
 2021, arXiv:2107.03312), each with a codebook of its own. They are tried here alone: the package has one stage.
@@ -13,6 +14,7 @@ Bits are the entropy of each stage's codes on the validation split, without cont
 
 import argparse
 import dataclasses
+import itertools
 import re
 import sys
 import time
@@ -43,6 +45,7 @@ ROWS: dict[str, tuple[int, dict]] = {
     "x8, 4 stages, 4 blocks": (4, {"downsampling": 8, "residual_blocks": 4}),
 }
 """Row -> stages, and fields of ModelConfig."""
+WARMUP_STEPS = 30
 _AT_ONCE = 16
 _TIMED = 8
 
@@ -91,8 +94,8 @@ def use_stages(stages: int) -> None:
     vqvae.make_quantizer = make
 
 
-def row_config(flags: argparse.Namespace, changes: dict, seed: int) -> Config:
-    """The preset with the flags' sizes and a row's changes."""
+def row_config(flags: argparse.Namespace, changes: dict, rate: float | str, seed: int) -> Config:
+    """The preset with the flags' sizes and a row's changes, at a learning rate."""
     config = PRESETS["hipmri"]
     sizes = {
         "image_size": tuple(flags.image_size),
@@ -107,13 +110,19 @@ def row_config(flags: argparse.Namespace, changes: dict, seed: int) -> Config:
         data=dataclasses.replace(config.data, data=flags.data, tfds_dir=flags.tfds_dir),
         loss=dataclasses.replace(config.loss, perceptual_weight=0.0),
         training=dataclasses.replace(
-            config.training, batch_size=flags.batch_size, schedule="cosine", warmup_steps=30, epochs=1, seed=seed
+            config.training,
+            batch_size=flags.batch_size,
+            learning_rate=rate,
+            schedule=flags.schedule,
+            warmup_steps=WARMUP_STEPS,
+            epochs=1,
+            seed=seed,
         ),
     )
 
 
-def trained(config: Config, batches: Iterator[np.ndarray], minutes: float) -> tuple[dict, int]:
-    """A model's variables after ``minutes`` of steps, compilation not counted; and the number of steps."""
+def trained(config: Config, batches: Iterator[np.ndarray], minutes: float, number: int | None) -> tuple[dict, int]:
+    """A model's variables after ``minutes`` of steps, compilation not counted, or after ``number``; and the number."""
     step = steps.make_train_step(config)
 
     def take(state, number: int):
@@ -122,12 +131,13 @@ def trained(config: Config, batches: Iterator[np.ndarray], minutes: float) -> tu
         jax.block_until_ready(found)
         return state
 
-    state = take(steps.replicate(create_train_state(config, _TIMED)), 2)
-    begin = time.perf_counter()
-    take(state, _TIMED)
-    number = max(config.training.warmup_steps + 1, int(60 * minutes * _TIMED / (time.perf_counter() - begin)))
-    # The schedule ends with the last step: another state, and another program.
-    step = steps.make_train_step(config)
+    if number is None:
+        state = take(steps.replicate(create_train_state(config, _TIMED)), 2)
+        begin = time.perf_counter()
+        take(state, _TIMED)
+        number = max(WARMUP_STEPS + 1, int(60 * minutes * _TIMED / (time.perf_counter() - begin)))
+        # The schedule ends with the last step: another state, and another program.
+        step = steps.make_train_step(config)
     state = take(steps.replicate(create_train_state(config, number)), number)
     return state.variables, number
 
@@ -160,6 +170,9 @@ def main() -> None:
     flags.add_argument("--num-embeddings", type=int, default=512)
     flags.add_argument("--batch-size", type=int, default=16)
     flags.add_argument("--minutes", type=float, default=2.0, help="of training, for each row and seed")
+    flags.add_argument("--steps", type=int, help="so many instead")
+    flags.add_argument("--learning-rates", type=float, nargs="+", default=["auto"], help="by default hipmri's")
+    flags.add_argument("--schedule", choices=("cosine", "steps"), default="cosine", help="steps: constant")
     flags.add_argument("--seeds", type=int, default=2)
     flags.add_argument("--only", default="", help="regular expression that the rows' names begin with")
     flags = flags.parse_args()
@@ -169,14 +182,16 @@ def main() -> None:
         vqvae.make_quantizer = original
         if stages > 1:
             use_stages(stages)
-        for seed in range(flags.seeds):
-            config = row_config(flags, changes, seed)
+        for rate, seed in itertools.product(flags.learning_rates, range(flags.seeds)):
+            config = row_config(flags, changes, rate, seed)
             batches, validation = time_to_quality.open_data(config)
-            variables, number = trained(config, batches, flags.minutes)
+            variables, number = trained(config, batches, flags.minutes, flags.steps)
             ssim, psnr, bits = measured(config, variables, validation)
-            rows.append((name, seed, number, f"{ssim:.4f}", f"{psnr:.2f}", f"{bits:.4f}"))
+            rows.append(
+                (name, f"{config.learning_rate:.3g}", seed, number, f"{ssim:.4f}", f"{psnr:.2f}", f"{bits:.4f}")
+            )
             print(*rows[-1], file=sys.stderr, flush=True)
-    _measure.print_table(("network", "seed", "steps", "SSIM", "PSNR, dB", "bits a pixel, entropy"), rows)
+    _measure.print_table(("network", "rate", "seed", "steps", "SSIM", "PSNR, dB", "bits a pixel, entropy"), rows)
 
 
 if __name__ == "__main__":
