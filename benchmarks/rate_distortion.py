@@ -129,9 +129,8 @@ def draw(path: Path, points: dict[int, list[Point]], curves: dict[str, _image_co
             axis.plot(curve["bits_per_pixel"], curve[metric], label=name, linewidth=1.2)
         for effort, some in points.items():
             curve = curve_of(some)
-            axis.plot(
-                curve["bits_per_pixel"], curve[metric], "ko-", mfc=str(effort / 4), label=f".vqz, effort {effort}"
-            )
+            axis.plot(*_image_codecs.rising(curve, metric), "k-")
+            axis.plot(curve["bits_per_pixel"], curve[metric], "ko", mfc=str(effort / 4), label=f".vqz, effort {effort}")
         axis.set(xscale="log", xlabel="bits a pixel", ylabel=label)
         axis.set_xticks(_TICKS)
         axis.xaxis.set_major_formatter(ScalarFormatter())

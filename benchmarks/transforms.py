@@ -36,10 +36,8 @@ from vqvae_jax.training.state import create_train_state
 
 ROWS: dict[str, tuple[int, dict]] = {
     "x4": (1, {}),
-    "x4, 1 block": (1, {"residual_blocks": 1}),
     "x4, 4 blocks": (1, {"residual_blocks": 4}),
     "x4, attention": (1, {"attention": True}),
-    "x8, 1 stage": (1, {"downsampling": 8}),
     "x8, 2 stages": (2, {"downsampling": 8}),
     "x8, 4 stages": (4, {"downsampling": 8}),
     "x8, 4 stages, 4 blocks": (4, {"downsampling": 8, "residual_blocks": 4}),
@@ -150,11 +148,8 @@ def measured(config: Config, variables: dict, images: np.ndarray) -> tuple[float
     found = np.concatenate([output.reconstruction for output in outputs])[..., 0]
     indices = np.concatenate([output.quantizer.indices for output in outputs])
     stages = indices.reshape(*images.shape[:1], *config.model.latent_size, -1)
-    bits = 0.0
-    for stage in range(stages.shape[-1]):
-        counts = np.bincount(stages[..., stage].ravel())
-        shares = counts[counts > 0] / counts.sum()
-        bits += float(-np.sum(shares * np.log2(shares)))
+    each = [stages[..., stage].ravel() for stage in range(stages.shape[-1])]
+    bits = sum(float(metrics.code_entropy(np.bincount(one))) for one in each)
     ssim = float(np.mean(metrics.ssim(np.float32(found), images[..., 0])))
     psnr = float(np.mean(metrics.psnr(np.float32(found), images[..., 0])))
     return ssim, psnr, bits / config.model.downsampling**2

@@ -1,6 +1,7 @@
 """Runs that start from runs: fine-tuning, and training with the prior for fewer bits."""
 
 import dataclasses
+import functools
 import importlib
 import os
 import shutil
@@ -18,8 +19,10 @@ from vqvae_jax.errors import CheckpointError, ConfigError
 from vqvae_jax.evaluation import pictures
 from vqvae_jax.prior_trainer import train_prior
 from vqvae_jax.runtime import runs
+from vqvae_jax.training import from_run
 from vqvae_jax.training.checkpoint import load_variables
-from vqvae_jax.training.prior_step import codebook_of
+from vqvae_jax.training.prior_step import codebook_of, make_prior
+from vqvae_jax.training.state import create_train_state
 
 SMALL = PriorConfig(epochs=1, batch_size=8, channels=8, blocks=1, neighbours=2, learning_rate=1e-2)
 
@@ -80,6 +83,28 @@ def test_with_a_rate_weight_the_run_has_a_prior_of_its_own_that_codes_its_files(
     assert model.fingerprint != vqvae_jax.load(source).fingerprint
     assert model.prior is not None and not model.prior_doubt
     assert model.prior.prior.fingerprint != vqvae_jax.load(source).prior.prior.fingerprint
+
+
+def prior_that_starts(config):
+    """The prior that is trained along, as a function of codes, known, before and present; and its learning rate."""
+    prior = from_run.prior_config(config)
+    state = from_run.beside_prior(config, prior, create_train_state(config, 1), 1)
+    params = from_run.with_prior(config, prior, state).prior.params
+    return functools.partial(make_prior(prior, config.model).apply, {"params": params}), prior.learning_rate
+
+
+def test_the_prior_starts_the_same_for_images_of_another_size_and_learns_more_slowly(source):
+    model = runs.load_config(source).model
+    height, width = model.image_size
+    config = config_from(source, rate_weight=0.5, model={"image_size": (2 * height, width)})
+    (before, _), (after, rate) = prior_that_starts(config_from(source, rate_weight=0.5)), prior_that_starts(config)
+    rows, columns = config.model.latent_size
+    draws = np.random.default_rng(0)
+    codes = draws.integers(model.num_embeddings, size=(1, rows, columns))
+    others = draws.integers(model.num_embeddings, size=(1, SMALL.neighbours, rows, columns))
+    given = codes, draws.random(codes.shape) < 0.5, others, np.ones((1, SMALL.neighbours), bool)
+    np.testing.assert_array_equal(after(*given), before(*given))
+    assert rate == 0.25 * SMALL.learning_rate
 
 
 @pytest.mark.slow

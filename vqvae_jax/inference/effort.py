@@ -168,7 +168,7 @@ def _lattices(shape: tuple[int, int]) -> list[np.ndarray]:
 def _distortion(config: Config, reconstruction: jax.Array, images: jax.Array) -> jax.Array:
     """That of the model's training, but for its perceptual term: float32 [N].
 
-    Of ``hipmri`` where a training without a rate weight had neither L2 nor SSIM: its L1 says little alone.
+    Of ``hipmri`` where a training without a rate weight had L1 and the perceptual term alone.
     """
     loss = config.loss
     if not loss.rate_weight and not loss.ssim_weight and loss.reconstruction == "l1":

@@ -9,6 +9,7 @@ import jax
 from vqvae_jax.config import Config, ModelConfig, PriorConfig
 from vqvae_jax.errors import ConfigError
 from vqvae_jax.models.fingerprint import fingerprint
+from vqvae_jax.models.prior import nearest_of
 from vqvae_jax.runtime import distributed, runs
 from vqvae_jax.training.checkpoint import Checkpoints, Progress, load_variables
 from vqvae_jax.training.prior_step import METRIC, codebook_of, create_prior_state, make_prior
@@ -31,7 +32,7 @@ def check(config: Config) -> None:
     if source is None:
         return
     found = runs.load_config(Path(source)).model
-    free = ("precision",) if config.loss.rate_weight else ("precision", "image_size")
+    free = ("precision", "image_size")
     for field in dataclasses.fields(ModelConfig):
         ours, theirs = getattr(config.model, field.name), getattr(found, field.name)
         if ours != theirs and field.name not in free:
@@ -73,14 +74,20 @@ def beside_prior(config: Config, prior: PriorConfig, state: TrainState, steps: i
 
 
 def with_prior(config: Config, prior: PriorConfig, state: RateState) -> RateState:
-    """The state with the parameters of ``from_run``'s best prior."""
-    checkpoints = Checkpoints(Path(config.training.from_run) / runs.PRIOR, METRIC, read_only=True)
+    """The state with the parameters of ``from_run``'s best prior.
+
+    Where that was for another image size, each row and column starts as the prior takes it at ours: the nearest one.
+    """
+    source = Path(config.training.from_run)
+    learned = runs.load_config(source).model
+    checkpoints = Checkpoints(source / runs.PRIOR, METRIC, read_only=True)
     try:
-        shapes = make_prior(prior, config.model).shapes()
-        variables = checkpoints.restore_variables(shapes, "best")
+        params = dict(checkpoints.restore_variables(make_prior(prior, learned).shapes(), "best")["params"])
     finally:
         checkpoints.close()
-    return RateState(state.model, state.prior.replace(params=variables["params"]))
+    for name, ours, theirs in zip(("rows", "columns"), config.model.latent_size, learned.latent_size, strict=True):
+        params[name] = params[name][nearest_of(ours, theirs)]
+    return RateState(state.model, state.prior.replace(params=params))
 
 
 def save_config(run_dir: Path, prior: PriorConfig) -> None:
