@@ -66,12 +66,17 @@ def variables_of(run_dir, which="newest"):
     return load_variables(run_dir, runs.load_config(run_dir), which)
 
 
-def test_fine_tuning_starts_with_the_weights_and_the_codebook_of_the_best_checkpoint(source, tmp_path):
+def test_fine_tuning_starts_with_weights_codebook_and_later_prior_of_the_best_checkpoint(source, tmp_path):
     trainer.train_and_evaluate(config_from(source, learning_rate=1e-12), tmp_path / "run", log=quietly)
     before, after = variables_of(source, "best")["params"], variables_of(tmp_path / "run")["params"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), before, after)
     assert runs.load_config(tmp_path / "run").training.from_run == str(source)
     assert not (tmp_path / "run/prior").exists()
+    lines = []
+    train_prior(dataclasses.replace(SMALL, learning_rate=1e-12), tmp_path / "run", log=lines.append)
+    assert any("starts from the prior of" in line for line in lines)
+    before, after = (vqvae_jax.load(folder).prior.prior.fingerprint for folder in (source, tmp_path / "run"))
+    assert before == after
 
 
 def test_with_a_rate_weight_the_run_has_a_prior_of_its_own_that_codes_its_files(source, tmp_path):

@@ -22,7 +22,7 @@ from vqvae_jax.runtime import distributed, runs
 from vqvae_jax.runtime.logs import MetricsLog
 from vqvae_jax.runtime.randomness import Purpose, integer_for
 from vqvae_jax.trainer import claimed_by_first, stop_signals
-from vqvae_jax.training import checkpoint
+from vqvae_jax.training import checkpoint, from_run
 from vqvae_jax.training.checkpoint import Checkpoints, Progress
 from vqvae_jax.training.prior_data import Codes, CodeSource
 from vqvae_jax.training.prior_step import (
@@ -60,6 +60,7 @@ def train_prior(
 ) -> PriorOutcome:
     """Trains a prior over the codes of a run's best checkpoint, in ``run_dir``/prior.
 
+    Where the run started from another with a prior of the same shape, the prior starts from that one.
     SIGTERM or Ctrl-C finishes the step, saves and returns. Several processes share it as they share training a run.
 
     Args:
@@ -129,6 +130,8 @@ class PriorTrainer:
         total = config.epochs * self._steps
         self._schedule = learning_rate_schedule(config, total)
         self._state = create_prior_state(config, run.model, codebook_of(variables), total)
+        if resembling := from_run.has_prior_like(run, config):
+            self._state = self._state.replace(params=from_run.prior_params(run, config))
         self._step = make_prior_train_step(config, run.model)
         self._progress = Progress(slices=len(train))
         self._checkpoints = Checkpoints(self._folder, METRIC)
@@ -139,6 +142,8 @@ class PriorTrainer:
             f"slices of {run.model.latent_size[0]} x {run.model.latent_size[1]} codes, "
             f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         )
+        if resembling:
+            log(f"It starts from the prior of {run.training.from_run}, from which the run started")
 
     @property
     def _raw_bits(self) -> float:

@@ -13,7 +13,7 @@ from vqvae_jax.models.prior import nearest_of
 from vqvae_jax.runtime import distributed, runs
 from vqvae_jax.training.checkpoint import Checkpoints, Progress, load_variables
 from vqvae_jax.training.prior_step import METRIC, codebook_of, create_prior_state, make_prior
-from vqvae_jax.training.state import RateState, TrainState
+from vqvae_jax.training.state import RateState, TrainState, Variables
 
 PRIOR_SLOWDOWN = 0.25
 """The prior's learning rate beside the model, as a share of that it was trained with alone."""
@@ -74,7 +74,21 @@ def beside_prior(config: Config, prior: PriorConfig, state: TrainState, steps: i
 
 
 def with_prior(config: Config, prior: PriorConfig, state: RateState) -> RateState:
-    """The state with the parameters of ``from_run``'s best prior.
+    """The state with the parameters of ``from_run``'s best prior."""
+    return RateState(state.model, state.prior.replace(params=prior_params(config, prior)))
+
+
+def has_prior_like(config: Config, prior: PriorConfig) -> bool:
+    """Whether ``from_run`` is there and has a prior of the same shape."""
+    source = config.training.from_run
+    if source is None or not (Path(source) / runs.PRIOR / runs.CONFIG).exists():
+        return False
+    found = runs.load_prior_config(Path(source))
+    return all(getattr(found, name) == getattr(prior, name) for name in ("channels", "blocks", "neighbours"))
+
+
+def prior_params(config: Config, prior: PriorConfig) -> Variables:
+    """The parameters of ``from_run``'s best prior.
 
     Where that was for another image size, each row and column starts as the prior takes it at ours: the nearest one.
     """
@@ -87,7 +101,7 @@ def with_prior(config: Config, prior: PriorConfig, state: RateState) -> RateStat
         checkpoints.close()
     for name, ours, theirs in zip(("rows", "columns"), config.model.latent_size, learned.latent_size, strict=True):
         params[name] = params[name][nearest_of(ours, theirs)]
-    return RateState(state.model, state.prior.replace(params=params))
+    return params
 
 
 def save_config(run_dir: Path, prior: PriorConfig) -> None:
