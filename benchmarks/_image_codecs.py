@@ -190,3 +190,11 @@ def rate_for(curve: Curve, metric: str, value: float) -> float:
     if len(values) < 2 or not values[0] <= value <= values[-1]:
         return math.nan
     return float(2 ** PchipInterpolator(values, np.log2(rates))(value))
+
+
+def value_at(curve: Curve, metric: str, bits_per_pixel: float) -> float:
+    """A metric's value that a codec reaches at so many bits a pixel, by a cubic in their log2; NaN beyond its curve."""
+    rates, values = rising(curve, metric)
+    if len(values) < 2 or not rates[0] <= bits_per_pixel <= rates[-1]:
+        return math.nan
+    return float(PchipInterpolator(np.log2(rates), values)(np.log2(bits_per_pixel)))

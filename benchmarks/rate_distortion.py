@@ -29,6 +29,7 @@ from vqvae_jax.inference.beside_avif import file_of, open_volumes
 from vqvae_jax.runtime.files import write_whole
 
 LABELS = {"ssim": "SSIM", "psnr": "PSNR, dB"}
+DIGITS = {"ssim": 4, "psnr": 2}
 _PROTOCOL = (
     "Bits are those of whole files over all pixels: a .vqz file for each case and series, a file for each slice by a "
     "codec, and for each case and series by a sequence. Without a header, an AVIF file counts as the contents of its "
@@ -88,6 +89,11 @@ def bd_rate(anchor: _image_codecs.Curve, test: _image_codecs.Curve, metric: str)
     return float(bjontegaard.bd_rate(*curves, method="pchip", require_matching_points=False, min_overlap=0))
 
 
+def _shown(value: float, form: str, unit: str = "") -> str:
+    """A table's cell; a dash where nothing was measured."""
+    return "-" if np.isnan(value) else f"{value:{form}}{unit}"
+
+
 def tables(images: Sequence[np.ndarray], points: dict[int, list[Point]], curves: dict[str, _image_codecs.Curve]) -> str:
     """The Markdown file: how it was measured, the runs, and what each codec takes beside them."""
     count = sum(map(len, images))
@@ -103,18 +109,22 @@ def tables(images: Sequence[np.ndarray], points: dict[int, list[Point]], curves:
         ours = curve_of(some)
         for codec, curve in curves.items():
             found = [bd_rate(curve, ours, metric) for metric in LABELS]
-            rows.append((effort, codec, *("-" if np.isnan(value) else f"{value:+.1f} %" for value in found)))
+            rows.append((effort, codec, *(_shown(value, "+.1f", " %") for value in found)))
     header = ("effort", "codec", *(f"BD-rate, {label}" for label in LABELS.values()))
     blocks += ["## The runs' curve against each codec's", _measure.table(header, rows)]
     rows = []
     for effort, some in points.items():
         for point in some:
             for codec, curve in curves.items():
-                rates = [_image_codecs.rate_for(curve, metric, getattr(point, metric)) for metric in LABELS]
-                ratios = [point.bits_per_pixel / rate for rate in rates]
-                cells = ("-" if np.isnan(ratio) else f"{ratio:.2f}" for ratio in ratios)
+                bits, cells = point.bits_per_pixel, []
+                for metric, digits in DIGITS.items():
+                    value = getattr(point, metric)
+                    cells.append(_shown(bits / _image_codecs.rate_for(curve, metric, value), ".2f"))
+                    cells.append(_shown(value - _image_codecs.value_at(curve, metric, bits), f"+.{digits}f"))
                 rows.append((f"`{point.name}`", effort, codec, *cells))
-    header = ("run", "effort", "codec", *(f"times the codec's bits at its {label}" for label in LABELS.values()))
+    header = ["run", "effort", "codec"]
+    for label in LABELS.values():
+        header += [f"times the codec's bits at its {label}", f"{label}, above the codec's at its bits"]
     blocks += ["## Each run against each codec", _measure.table(header, rows)]
     blocks.append(f"{datetime.date.today()}; {_measure.machine()}.")
     return "\n\n".join(blocks) + "\n"

@@ -65,13 +65,16 @@ def test_an_avif_sequence_is_one_file_and_its_payload_what_its_mdat_box_holds(be
     assert all(0 < image_codecs.payload(each) < len(each) for each in alone)
 
 
-def test_a_rate_between_two_settings_is_interpolated_and_none_beyond_is_made_up(benchmark_module):
-    rate_for = benchmark_module("_image_codecs").rate_for
+def test_what_lies_between_two_settings_is_interpolated_and_nothing_beyond_is_made_up(benchmark_module):
+    image_codecs = benchmark_module("_image_codecs")
+    rate_for, value_at = image_codecs.rate_for, image_codecs.value_at
     rates = np.array([0.25, 0.5, 1.0, 2.0])
     curve = {"bits_per_pixel": rates, "psnr": 30 + 6 * np.log2(rates)}
     assert rate_for(curve, "psnr", 24) == pytest.approx(0.5)
     assert rate_for(curve, "psnr", 27) == pytest.approx(2**-0.5, abs=0.02)
     assert np.isnan([rate_for(curve, "psnr", beyond) for beyond in (17.0, 37.0)]).all()
+    assert value_at(curve, "psnr", 0.7) == pytest.approx(30 + 6 * np.log2(0.7), abs=0.02)
+    assert np.isnan([value_at(curve, "psnr", beyond) for beyond in (0.24, 2.1)]).all()
 
 
 def test_bd_rate_of_a_curve_that_takes_a_fifth_fewer_bits_is_minus_20_per_cent(benchmark_module):
