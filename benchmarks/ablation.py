@@ -68,8 +68,17 @@ LONGER = {
     "warm-up, cosine, flips and small moves": (*COSINE, "--flip", *MOVES),
 }
 """Each with all of ADDED: what is for longer training than tells the others apart."""
-RATES = {f"rate {rate}": ("--learning-rate", rate) for rate in ("1e-4", "3e-4", "1e-3")}
-"""Each with all of ADDED: which rate is best depends on the width, so that these are for the full one."""
+UNDONE = {
+    "gradient codebook": ADDED["reference network and loss"][:2],
+    "norm on the latents": ("--latent-norm",),
+    "no SSIM term": ("--ssim-weight", "0"),
+    "L2": ("--reconstruction", "l2"),
+    "four residual blocks": ("--residual-blocks", "4"),
+}
+"""Each with all of ADDED, but for one default of `hipmri`. Two more are rows above: post-activation is
+"+ codes of width 16", and codes of full width are "up to the SSIM term, pre-activation"."""
+RATES = {f"rate {rate}": ("--learning-rate", rate) for rate in ("1e-4", "3e-4", "1e-3", "1.2e-3", "4.8e-3")}
+"""Each with all of ADDED. The first three are for width 256, the others half and twice what `hipmri` takes at 32."""
 METRICS = ("ssim", "ms_ssim", "psnr", "codebook_usage", "bits_per_pixel", "bits_per_pixel_entropy")
 
 
@@ -81,6 +90,7 @@ def recipes() -> dict[str, tuple[str, ...]]:
         found[f"+ {name}" if found else name] = flags
     shared = found[f"+ {LAST_SHARED}"]
     found |= {f"up to the {LAST_SHARED}, {name}": shared + more for name, more in ALTERNATIVES.items()}
+    found |= {f"all of these, but {name}": flags + more for name, more in UNDONE.items()}
     return found | {f"all of these, {name}": flags + more for name, more in (LONGER | RATES).items()}
 
 
