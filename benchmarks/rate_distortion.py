@@ -110,7 +110,7 @@ def tables(images: Sequence[np.ndarray], points: dict[int, list[Point]], curves:
         for codec, curve in curves.items():
             found = [bd_rate(curve, ours, metric) for metric in LABELS]
             rows.append((effort, codec, *(_shown(value, "+.1f", " %") for value in found)))
-    header = ("effort", "codec", *(f"BD-rate, {label}" for label in LABELS.values()))
+    header = ("effort", "codec", *(f"BD-rate, {metric.upper()}" for metric in LABELS))
     blocks += ["## The runs' curve against each codec's", _measure.table(header, rows)]
     rows = []
     for effort, some in points.items():
@@ -123,8 +123,8 @@ def tables(images: Sequence[np.ndarray], points: dict[int, list[Point]], curves:
                     cells.append(_shown(value - _image_codecs.value_at(curve, metric, bits), f"+.{digits}f"))
                 rows.append((f"`{point.name}`", effort, codec, *cells))
     header = ["run", "effort", "codec"]
-    for label in LABELS.values():
-        header += [f"times the codec's bits at its {label}", f"{label}, above the codec's at its bits"]
+    for metric, label in LABELS.items():
+        header += [f"times the codec's bits at its {metric.upper()}", f"{label} above the codec's at its bits"]
     blocks += ["## Each run against each codec", _measure.table(header, rows)]
     blocks.append(f"{datetime.date.today()}; {_measure.machine()}.")
     return "\n\n".join(blocks) + "\n"
