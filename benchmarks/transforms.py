@@ -38,7 +38,12 @@ ROWS: dict[str, tuple[int, dict]] = {
     "x4": (1, {}),
     "x4, 4 blocks": (1, {"residual_blocks": 4}),
     "x4, attention": (1, {"attention": True}),
+    "x4, width 96, 1 block": (1, {"hidden_channels": 96, "embedding_dim": 96, "residual_blocks": 1}),
+    "x4, width 48, 4 blocks": (1, {"hidden_channels": 48, "embedding_dim": 48, "residual_blocks": 4}),
+    "x4, 32 codes": (1, {"num_embeddings": 32}),
+    "x4, 128 codes": (1, {"num_embeddings": 128}),
     "x8, 2 stages": (2, {"downsampling": 8}),
+    "x8, 3 stages": (3, {"downsampling": 8}),
     "x8, 4 stages": (4, {"downsampling": 8}),
     "x8, 4 stages, 4 blocks": (4, {"downsampling": 8, "residual_blocks": 4}),
 }
