@@ -47,7 +47,7 @@ ROWS: dict[str, tuple[int, dict]] = {
     "x8, 4 stages": (4, {"downsampling": 8}),
     "x8, 4 stages, 4 blocks": (4, {"downsampling": 8, "residual_blocks": 4}),
 }
-"""Row -> stages, and fields of ModelConfig."""
+"""Row -> stages, and fields of ModelConfig. The widths named share out what the default width, 64, takes."""
 WARMUP_STEPS = 30
 _AT_ONCE = 16
 _TIMED_AT_ONCE = 8
