@@ -74,6 +74,13 @@ UNDONE = {
     "no SSIM term": ("--ssim-weight", "0"),
     "L2": ("--reconstruction", "l2"),
     "four residual blocks": ("--residual-blocks", "4"),
+    "no clipping": ("--gradient-clip", "0"),
+    "512 codes": ("--num-embeddings", "512"),
+    "2048 codes": ("--num-embeddings", "2048"),
+    "latents of width 64": ("--embedding-dim", "64"),
+    "batches of 2": ("--batch-size", "2"),
+    "batches of 8, twice the epochs": ("--batch-size", "8", "--epochs", "57"),
+    "downsampling 8": ("--downsampling", "8"),
 }
 """Each with all of ADDED, but for one default of `hipmri`. Two more are rows above: post-activation is
 "+ codes of width 16", and codes of full width are "up to the SSIM term, pre-activation"."""

@@ -88,12 +88,14 @@ class MeanScaleHyperprior(nn.Module):
         return x + torch.rand_like(x) - 0.5 if self.training else torch.round(x - mean) + mean
 
 
-def train(slices: loader.Slices, weight: float, minutes: float, batch_size: int) -> tuple[MeanScaleHyperprior, int]:
+def train(
+    slices: loader.Slices, weight: float, minutes: float, batch_size: int, seed: int
+) -> tuple[MeanScaleHyperprior, int]:
     """A model trained for so long with Adam, whose rate falls as a cosine; and how many steps that was."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = MeanScaleHyperprior()
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
-    stream = loader.TrainLoader(slices, batch_size, 0)
+    stream = loader.TrainLoader(slices, batch_size, seed)
     began, last = time.perf_counter(), 60 * minutes
     with tqdm.tqdm(desc=f"weight {weight}", unit="step", leave=False, disable=None) as bar:
         for step in itertools.count():
@@ -134,6 +136,7 @@ def main() -> None:
     flags.add_argument("--minutes", type=float, default=10, help="of training, for each weight")
     flags.add_argument("--weights", type=float, nargs="+", default=[0.003, 0.01, 0.03], help="of the distortion")
     flags.add_argument("--batch-size", type=int, default=16)
+    flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--out", type=Path, required=True, help="folder for the table")
     flags = flags.parse_args()
     out = _measure.output_folder(flags.out)
@@ -141,14 +144,14 @@ def main() -> None:
     _, _, test = open_run(flags.run, "test", log=lambda line: None)
     rows = []
     for weight in flags.weights:
-        model, steps = train(training, weight, flags.minutes, flags.batch_size)
+        model, steps = train(training, weight, flags.minutes, flags.batch_size, flags.seed)
         found = evaluate(model, test, config.data.fit)
         row = (weight, steps, *(f"{found[name]:.4f}" for name in ("bits_per_pixel", "ssim")), f"{found['psnr']:.2f}")
         print(*row, flush=True)
         rows.append(row)
     text = _measure.table(("weight", "steps", "bits a pixel", "SSIM", "PSNR, dB"), rows)
     write_whole(out / "hyperprior.md", text + "\n")
-    print(f"\n{flags.minutes:g} minutes each; {_measure.machine()}\n\n{text}")
+    print(f"\n{flags.minutes:g} minutes each, seed {flags.seed}; {_measure.machine()}\n\n{text}")
 
 
 if __name__ == "__main__":
