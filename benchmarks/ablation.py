@@ -66,8 +66,10 @@ LONGER = {
     "warm-up and cosine": COSINE,
     "flips and small moves": ("--flip", *MOVES),
     "warm-up, cosine, flips and small moves": (*COSINE, "--flip", *MOVES),
+    "warm-up, cosine, batches of 32 over 252 epochs": (*COSINE, "--batch-size", "32", "--epochs", "252"),
 }
-"""Each with all of ADDED: what is for longer training than tells the others apart."""
+"""Each with all of ADDED: what is for longer training than tells the others apart. Only a cosine has room for many
+epochs: the published schedule halves the rate every 20."""
 UNDONE = {
     "gradient codebook": ADDED["reference network and loss"][:2],
     "norm on the latents": ("--latent-norm",),
@@ -81,6 +83,9 @@ UNDONE = {
     "batches of 2": ("--batch-size", "2"),
     "batches of 8, twice the epochs": ("--batch-size", "8", "--epochs", "57"),
     "downsampling 8": ("--downsampling", "8"),
+    "bfloat16": ("--precision", "bfloat16"),
+    "width 256": ("--hidden-channels", "256", "--embedding-dim", "128"),
+    "perceptual term at relu2_2": ("--perceptual-weight", "0.1", "--perceptual-layers", "relu2_2"),
 }
 """Each with all of ADDED, but for one default of `hipmri`. Two more are rows above: post-activation is
 "+ codes of width 16", and codes of full width are "up to the SSIM term, pre-activation"."""

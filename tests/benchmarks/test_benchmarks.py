@@ -296,7 +296,7 @@ def test_every_recipe_of_the_table_can_be_trained(benchmark_module, monkeypatch)
     first = config(recipes["reference network and loss"])
     assert (first.model, first.loss) == (ModelConfig(), LossConfig())
     assert config(recipes["+ pre-activation"]) == PRESETS["hipmri"]
-    shared = ("--learning-rate", "5e-3", "--perceptual-weight", "0")
+    shared = ("--learning-rate", "5e-3", "--perceptual-weight", "0", "--hidden-channels", "32")
     assert len({repr(config((*shared, *changes))) for changes in recipes.values()}) == len(recipes)
 
 
