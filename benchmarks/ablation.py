@@ -87,8 +87,9 @@ UNDONE = {
     "width 256": ("--hidden-channels", "256", "--embedding-dim", "128"),
     "perceptual term at relu2_2": ("--perceptual-weight", "0.1", "--perceptual-layers", "relu2_2"),
 }
-"""Each with all of ADDED, but for one default of `hipmri`. Two more are rows above: post-activation is
-"+ codes of width 16", and codes of full width are "up to the SSIM term, pre-activation"."""
+"""Each with all of ADDED, but for one default of `hipmri`, or with one that small runs leave out: its width, the
+perceptual term (at another layer). Two more are rows above: post-activation is "+ codes of width 16", and codes of
+full width are "up to the SSIM term, pre-activation"."""
 RATES = {f"rate {rate}": ("--learning-rate", rate) for rate in ("1e-4", "3e-4", "1e-3", "1.2e-3", "4.8e-3")}
 """Each with all of ADDED. The first three are for width 256, the others half and twice what `hipmri` takes at 32."""
 METRICS = ("ssim", "ms_ssim", "psnr", "codebook_usage", "bits_per_pixel", "bits_per_pixel_entropy")
@@ -204,7 +205,7 @@ def main() -> None:
         row = [name]
         for metric in METRICS:
             values = [run[metric] for run in runs]
-            spread = f" ± {statistics.stdev(values):.4f}" if metric == "ssim" and len(values) > 1 else ""
+            spread = f" ± {statistics.stdev(values):.4f}" if metric in ("ssim", "psnr") and len(values) > 1 else ""
             row.append(f"{statistics.mean(values):.4f}{spread}")
         rows.append((*row, f"{statistics.mean(run['seconds'] for run in runs):.0f}"))
     header = ("recipe", "SSIM", "MS-SSIM", "PSNR, dB", "codes used", "bits per pixel", "by entropy", "seconds")
