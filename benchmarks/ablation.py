@@ -84,12 +84,14 @@ UNDONE = {
     "batches of 8, twice the epochs": ("--batch-size", "8", "--epochs", "57"),
     "downsampling 8": ("--downsampling", "8"),
     "bfloat16": ("--precision", "bfloat16"),
+}
+"""Each with all of ADDED, but for one default of `hipmri`. Two more are rows above: post-activation is
+"+ codes of width 16", and codes of full width are "up to the SSIM term, pre-activation"."""
+COSTLY = {
     "width 256": ("--hidden-channels", "256", "--embedding-dim", "128"),
     "perceptual term at relu2_2": ("--perceptual-weight", "0.1", "--perceptual-layers", "relu2_2"),
 }
-"""Each with all of ADDED, but for one default of `hipmri`, or with one that small runs leave out: its width, the
-perceptual term (at another layer). Two more are rows above: post-activation is "+ codes of width 16", and codes of
-full width are "up to the SSIM term, pre-activation"."""
+"""Each with all of ADDED: what small runs leave out for its time."""
 RATES = {f"rate {rate}": ("--learning-rate", rate) for rate in ("1e-4", "3e-4", "1e-3", "1.2e-3", "4.8e-3")}
 """Each with all of ADDED. The first three are for width 256, the others half and twice what `hipmri` takes at 32."""
 METRICS = ("ssim", "ms_ssim", "psnr", "codebook_usage", "bits_per_pixel", "bits_per_pixel_entropy")
@@ -104,7 +106,7 @@ def recipes() -> dict[str, tuple[str, ...]]:
     shared = found[f"+ {LAST_SHARED}"]
     found |= {f"up to the {LAST_SHARED}, {name}": shared + more for name, more in ALTERNATIVES.items()}
     found |= {f"all of these, but {name}": flags + more for name, more in UNDONE.items()}
-    return found | {f"all of these, {name}": flags + more for name, more in (LONGER | RATES).items()}
+    return found | {f"all of these, {name}": flags + more for name, more in (LONGER | COSTLY | RATES).items()}
 
 
 def copy_slices(data: Path, folder: Path, factor: int, test_case: str | None = None) -> Path:
